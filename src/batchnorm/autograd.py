@@ -1,0 +1,123 @@
+"""The kernels as one differentiable operation, to any order, forward and reverse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import reference, select
+from .moments import Moments, expand_mask
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """The kernels as one differentiable operation: (y, count, mean, var, backend)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        activation: str | None,
+        channel_dim: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, str]:
+        return select.forward(
+            x,
+            mask,
+            None if mean is None or var is None else (mean, var),
+            weight,
+            bias,
+            residual,
+            eps=eps,
+            activation=activation,
+            channel_dim=channel_dim,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, weight, bias, residual, mask, _, _, ctx.eps, ctx.activation, ctx.channel_dim = inputs
+        y, count, mean, var, ctx.backend = output
+        # Lists, not generators: Dynamo cannot pass a generator on.
+        ctx.mark_non_differentiable(*[t for t in (count, mean, var) if t is not None])
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
+        # The activation's slope is told from the sign of y; without one y need not be kept alive.
+        ctx.save_for_backward(
+            x, weight, None if ctx.activation is None else y, mask, count, mean, var
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]
+        if dy is None:
+            return (None,) * 10
+        x, weight, y, mask, count, mean, var = ctx.saved_tensors
+        backend = ctx.backend
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Someone will differentiate these gradients: they must be functions of x, not of
+            # the numbers that the forward pass saved.
+            backend, mean, var = _reference_statistics(ctx, x, mask, count, mean, var)
+        out = select.backward(
+            backend,
+            dy,
+            x,
+            y,
+            mask,
+            count,
+            mean,
+            var,
+            weight,
+            eps=ctx.eps,
+            activation=ctx.activation,
+            channel_dim=ctx.channel_dim,
+        )
+        wanted = zip(out, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return (*(g.to(dtype) if needed else None for g, dtype, needed in wanted), *(None,) * 6)
+
+
+class DualBatchNormFunction(BatchNormFunction):
+    """The same with forward-mode differentiation."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        BatchNormFunction.setup_context(ctx, inputs, output)
+        y, count, mean, var, _ = output
+        ctx.save_for_forward(*inputs[:2], y, inputs[4], count, mean, var)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        x, weight, y, mask, count, mean, var = ctx.saved_tensors
+        _, mean, var = _reference_statistics(ctx, x, mask, count, mean, var)
+        weights = None if mask is None else expand_mask(mask, x, ctx.channel_dim).to(mean.dtype)
+        y_dot = reference.tangent(
+            x,
+            y,
+            weights,
+            count,
+            mean,
+            var,
+            weight,
+            tangents[:4],
+            eps=ctx.eps,
+            activation=ctx.activation,
+            channel_dim=ctx.channel_dim,
+        )
+        return y_dot, None, None, None, None
+
+
+def _reference_statistics(
+    ctx: Any, x: Tensor, mask: Tensor | None, count: Tensor | None, mean: Tensor, var: Tensor
+) -> tuple[str, Tensor, Tensor]:
+    """The statistics as differentiable functions of x, or as they are if they are constants."""
+    if count is not None:
+        moments = Moments.of(x, mask, channel_dim=ctx.channel_dim)
+        mean, var = moments.mean, moments.variance()
+    return "reference", mean, var

@@ -1,0 +1,25 @@
+"""Everything that batchnorm raises or warns, under one base class.
+
+A message says what was expected, what came, and what to do next; an error is raised before anything
+is changed.
+"""
+
+
+class BatchNormError(Exception):
+    """Base class of every error that batchnorm raises on purpose."""
+
+
+class ArgumentError(BatchNormError, ValueError):
+    """An option is impossible whatever the data: `eps=0`, an unknown activation, a bad path."""
+
+
+class InputError(BatchNormError, ValueError):
+    """The data do not fit: a tensor's shape, dtype or values, a mask, a file's contents."""
+
+
+class MissingDependencyError(BatchNormError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A batch held NaN or infinity; those channels' running statistics were left as they were."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: no modules, no autograd, no policy. The derivation is in README.md."""

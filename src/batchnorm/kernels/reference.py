@@ -1,0 +1,189 @@
+"""The article's formulas in plain torch: the truth that every other kernel is tested against.
+
+Works on any device, layout, rank and dtype, and under every torch transform, because it is nothing
+but differentiable torch operations. It computes in the precision of the statistics it is given
+(float64 wherever the device has it) and rounds once, at the end. README.md derives each formula.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+from ..moments import along_channel, reduced_axes
+
+#: Slope of "leaky_relu" below zero; torch.nn.LeakyReLU's default.
+LEAKY_SLOPE = 0.01
+
+#: The activations that kernels fuse, and the slope of each below zero.
+ACTIVATIONS = {"relu": 0.0, "leaky_relu": LEAKY_SLOPE}
+
+
+class Gradients(NamedTuple):
+    """What the backward pass returns; `z` is the gradient before the activation, the residual's."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    z: Tensor
+
+
+def inverse_std(var: Tensor, eps: float) -> Tensor:
+    """1 / √(var + eps)."""
+    return torch.rsqrt(var + eps)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    eps: float,
+    activation: str | None,
+    channel_dim: int,
+) -> Tensor:
+    """y = activation(γ·x̂ + β + residual) with x̂ = (x − mean) / √(var + eps).
+
+    Returns:
+        The shape of `x`; its dtype, promoted with the residual's.
+    """
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    z = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
+    if weight is not None:
+        z = z * along_channel(weight, x, channel_dim)
+    if bias is not None:
+        z = z + along_channel(bias, x, channel_dim)
+    if residual is not None:
+        z = z + residual
+    return activate(z, activation).to(dtype)
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """The fused activations; NaN comes out as NaN."""
+    if activation is None:
+        return z
+    # Not leaky_relu with slope 0 for both: −∞ · 0 is NaN.
+    return z.relu() if activation == "relu" else leaky_relu(z, ACTIVATIONS[activation])
+
+
+def activation_slope(d: Tensor, y: Tensor, activation: str | None) -> Tensor:
+    """`d` · activation′(z), told from the sign of y, which is z's; at 0 it is the left one."""
+    if activation is None:
+        return d
+    # Not a product for relu: an infinite gradient · 0 is NaN.
+    left = torch.zeros_like(d) if activation == "relu" else d * ACTIVATIONS[activation]
+    return torch.where(y <= 0, left, d)
+
+
+def normalized(x: Tensor, mean: Tensor, var: Tensor, *, eps: float, channel_dim: int) -> Tensor:
+    """x̂ = (x − mean) / √(var + eps), in the precision of `mean`."""
+    # The difference first: x·s − mean·s would cancel, and lose |mean|/σ in relative precision.
+    centred = x.to(mean.dtype) - along_channel(mean, x, channel_dim)
+    return centred * along_channel(inverse_std(var, eps), x, channel_dim)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    count: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    activation: str | None,
+    channel_dim: int,
+) -> Gradients:
+    """Gradients of `normalize`, and through the moments where they came from `x` itself.
+
+        dz = dy · activation′(z)        dβ = Σ dz        dγ = Σ dz·x̂
+        dx = γ/√(var + eps) · (dz − w/count · (dβ + x̂·dγ))
+
+    Args:
+        dy: gradient of y.
+        x: the input of the forward pass.
+        y: its output, whose sign is z's; not read without an activation.
+        weights: the mask as weights in the precision of `mean`, channel axis 1; None = all ones.
+        count: total weight behind the moments; None where they are constants (evaluation).
+        mean: per channel.
+        var: biased variance, per channel.
+        weight: γ, or None for ones.
+        eps: as in the forward pass.
+        activation: as in the forward pass.
+        channel_dim: as in the forward pass.
+    """
+    axes = reduced_axes(x, channel_dim)
+    dz = activation_slope(dy.to(mean.dtype), y, activation)
+    x_hat = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
+    if weights is not None:
+        # An element that does not count may hold NaN, or get NaN from a loss that divides by it.
+        # Its share of the sums would poison every gradient that does count; a finite one stays,
+        # because y at such an element does depend on γ, β and the moments.
+        sound = (weights > 0) | (x_hat.isfinite() & dz.isfinite())
+        dz = torch.where(sound, dz, 0.0)
+        x_hat = torch.where(sound, x_hat, 0.0)
+    d_bias = dz.sum(axes)
+    d_weight = (dz * x_hat).sum(axes)
+    dx = dz
+    if count is not None:
+        pull = along_channel(d_bias, x, channel_dim) + x_hat * along_channel(
+            d_weight, x, channel_dim
+        )
+        pull = pull / torch.where(count > 0, count, 1.0)
+        dx = dx - (pull if weights is None else pull * weights)
+    scale = inverse_std(var, eps) if weight is None else inverse_std(var, eps) * weight
+    return Gradients(dx * along_channel(scale, x, channel_dim), d_weight, d_bias, dz)
+
+
+def tangent(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    count: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    *,
+    eps: float,
+    activation: str | None,
+    channel_dim: int,
+) -> Tensor:
+    """Directional derivative of y along (ẋ, γ̇, β̇, residual̇); None where a direction is zero.
+
+    x̂̇ = (ẋ − Σ w·ẋ/count − x̂·Σ w·x̂·ẋ/count) / √(var + eps)
+    ẏ = activation′(z) · (γ·x̂̇ + γ̇·x̂ + β̇ + residual̇)
+    """
+    axes = reduced_axes(x, channel_dim)
+    x_dot, weight_dot, bias_dot, residual_dot = tangents
+    x_hat = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
+    z_dot = torch.zeros_like(x_hat)
+    if x_dot is not None:
+        x_dot = x_dot.to(mean.dtype)
+        hat_dot = x_dot
+        if count is not None:
+            share, lever = x_dot, x_hat * x_dot
+            if weights is not None:
+                share = torch.where(weights > 0, share, 0.0) * weights
+                lever = torch.where(weights > 0, lever, 0.0) * weights
+            total = torch.where(count > 0, count, 1.0)
+            mean_dot = along_channel(share.sum(axes) / total, x, channel_dim)
+            stretch = along_channel(lever.sum(axes) / total, x, channel_dim)
+            hat_dot = x_dot - mean_dot - x_hat * stretch
+        scale = inverse_std(var, eps) if weight is None else inverse_std(var, eps) * weight
+        z_dot = hat_dot * along_channel(scale, x, channel_dim)
+    if weight_dot is not None:
+        z_dot = z_dot + x_hat * along_channel(weight_dot, x, channel_dim)
+    if bias_dot is not None:
+        z_dot = z_dot + along_channel(bias_dot, x, channel_dim)
+    if residual_dot is not None:
+        z_dot = z_dot + residual_dot
+    return activation_slope(z_dot, y, activation).to(y.dtype)

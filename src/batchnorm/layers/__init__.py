@@ -1,0 +1,1 @@
+"""Parameters, buffers, state_dict, repr: thin shells over `functional`."""

@@ -1,0 +1,274 @@
+"""BatchNorm, the layer."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional
+from ..errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
+from ..moments import Moments
+from ..validation import Activation, check_options
+
+#: The outline's names for torch's parameters.
+_ALIASES = {"gamma": "weight", "beta": "bias"}
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization of any input: dense, image, sequence; masked; fused with what follows.
+
+        y = activation(γ · (x − mean) / √(var + eps) + β + residual)
+
+    In training, `mean` and `var` are the batch's, over all axes but the channels', var the *biased*
+    variance; the running statistics move toward the batch's with weight `momentum`, taking in the
+    *unbiased* variance. In evaluation the running statistics normalise. `batch_norm` is the
+    function behind it and says more about each argument.
+
+    It is a `torch.nn.modules.batchnorm._BatchNorm`, with torch's positional arguments, parameter
+    and buffer names: it replaces `torch.nn.BatchNorm1d/2d/3d` in place, and `state_dict`s load both
+    ways with `strict=True`. Where it differs from torch:
+
+    - `running_mean` and `running_var` stay float32 under `.half()` and `.bfloat16()`: in bfloat16 a
+      running mean of 100 stalls at 96.
+    - NaN and infinity do not enter the running statistics; a `NonFiniteWarning` names the layer.
+    - Nothing has changed when an error is raised, `num_batches_tracked` included; an empty batch
+      changes nothing either.
+
+    Shape:
+        x: any rank from 2 up, `num_features` channels on `channel_dim`; or a `PackedSequence`.
+        Output: the shape of x (a `PackedSequence` for one), its dtype and memory format.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance, in the square of the unit of x.
+        momentum: weight of the newest batch in the running statistics, in [0, 1]; None for the
+            plain average of all batches so far.
+        affine: have γ and β.
+        track_running_stats: keep running statistics; without, evaluation uses the batch's too.
+        device: of the parameters and buffers.
+        dtype: of the parameters; buffers are float32 at least.
+        features: the outline's name for `num_features`; give exactly one of the two.
+        bias: have β (with `affine`).
+        channel_dim: the axis of the channels; -1 for channels-last data. Nothing is copied.
+        activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function or module,
+            applied after.
+
+    Attributes:
+        weight: γ, also called `gamma`.
+        bias: β, also called `beta`.
+        running_mean: running mean, (C,).
+        running_var: running unbiased variance, (C,).
+        num_batches_tracked: how many batches the running statistics have taken in.
+
+    Raises:
+        ArgumentError: an option is impossible.
+
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167
+
+    Example:
+        >>> import torch
+        >>> from batchnorm import BatchNorm
+        >>> bn = BatchNorm(features=10)
+        >>> bn(torch.randn(64, 10)).shape
+        torch.Size([64, 10])
+        >>> block = BatchNorm(16, activation="relu")
+        >>> x, skip = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+        >>> block(x, residual=skip).min()
+        tensor(0., grad_fn=<MinBackward1>)
+        >>> padded, lengths = torch.randn(4, 16, 7), torch.tensor([7, 5, 2, 1])
+        >>> y = BatchNorm(16)(padded, mask=torch.arange(7) < lengths[:, None])
+    """
+
+    channel_dim: int
+    activation: Activation
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        features: int | None = None,
+        bias: bool = True,
+        channel_dim: int = 1,
+        activation: Activation = None,
+    ) -> None:
+        if (num_features is None) == (features is None):
+            raise ArgumentError(
+                "expected exactly one of num_features and features (two names for the number of "
+                f"channels), got num_features={num_features!r}, features={features!r}"
+            )
+        channels = features if num_features is None else num_features
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+            raise ArgumentError(f"expected a positive number of channels, got {channels!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ArgumentError(f"expected a floating dtype, got {dtype}")
+        check_options(eps, momentum, activation)
+        super().__init__(
+            channels, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        self.channel_dim = channel_dim
+        self.activation = activation
+        self._told_nonfinite = False
+        self._widen_statistics()
+
+    @property
+    def features(self) -> int:
+        """The number of channels, by the outline's name."""
+        return self.num_features
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """γ, the scale; `weight` in torch."""
+        return self.weight
+
+    @property
+    def beta(self) -> Tensor | None:
+        """β, the shift; `bias` in torch."""
+        return self.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(_ALIASES.get(name, name), value)
+
+    @overload
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: PackedSequence, mask: None = None, residual: PackedSequence | None = None
+    ) -> PackedSequence: ...
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        mask: Tensor | None = None,
+        residual: Tensor | PackedSequence | None = None,
+    ) -> Tensor | PackedSequence:
+        """Normalise; in training, update the running statistics too.
+
+        Args:
+            x: see the class.
+            mask: shape of x without the channel axis, broadcastable: bool, True = counts, or
+                non-negative weights. It decides the statistics only, and what it leaves out may
+                hold NaN. A `PackedSequence` takes none: it has no padding.
+            residual: added before the activation; shape of x, or packed like it.
+
+        Raises:
+            InputError: the input does not fit, or in training a channel has no more than one value.
+                The message names the layer; nothing has been changed.
+        """
+        try:
+            if isinstance(x, PackedSequence):
+                return self._forward_packed(x, mask, residual)
+            if isinstance(residual, PackedSequence):
+                raise InputError("expected a tensor as residual of a tensor, got a PackedSequence")
+            return self._forward(x, mask, residual)
+        except BatchNormError as error:
+            raise type(error)(f"{self._location()}: {error}") from None
+
+    def _forward_packed(self, x: PackedSequence, mask: Any, residual: Any) -> PackedSequence:
+        if mask is not None:
+            raise InputError("expected no mask with a PackedSequence, which has no padding")
+        if residual is not None:
+            if not isinstance(residual, PackedSequence) or not torch.equal(
+                residual.batch_sizes, x.batch_sizes
+            ):
+                raise InputError("expected a residual packed like x, with the same batch_sizes")
+            residual = residual.data
+        return x._replace(data=self._forward(x.data, None, residual))
+
+    def _forward(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        from_batch = self.training or mean is None or var is None
+        momentum: float | Tensor = 0.0
+        if self.momentum is not None:
+            momentum = self.momentum
+        elif count is not None:
+            momentum = 1.0 / (count + 1)
+        y, moments = functional.normalize(
+            x,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            from_batch,
+            momentum,
+            self.eps,
+            mask=mask,
+            residual=residual,
+            channel_dim=self.channel_dim,
+            activation=self.activation,
+        )
+        if moments is not None and self.training and self.track_running_stats:
+            self._update(moments, momentum)
+        return y
+
+    def _update(self, moments: Moments, momentum: float | Tensor) -> None:
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            return
+        update = functional.updated(mean, var, moments, momentum)
+        finite = functional.assign(mean, var, update)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if not finite and not self._told_nonfinite:
+            self._told_nonfinite = True
+            message = f"{self._location()}: {functional.nonfinite_message(update)}"
+            warnings.warn(message, NonFiniteWarning, stacklevel=2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        before = self.running_mean, self.running_var
+        super()._apply(fn, recurse)
+        self._widen_statistics(*before)
+        return self
+
+    def _widen_statistics(self, mean: Tensor | None = None, var: Tensor | None = None) -> None:
+        """Keep the running statistics in float32 at least, from the values given if any."""
+        for name, exact in (("running_mean", mean), ("running_var", var)):
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                source = buffer if exact is None else exact
+                setattr(self, name, source.to(buffer.device, torch.float32))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for alias, name in _ALIASES.items():
+            if prefix + alias in state_dict and prefix + name not in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + alias)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _location(self) -> str:
+        """This layer as the user knows it: its name in the outermost module that is running."""
+        name = None
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module) and owner is not self:
+                names = (n for n, module in owner.named_modules() if module is self)
+                name = next(names, name)
+            frame = frame.f_back
+        kind = f"{type(self).__name__}({self.num_features})"
+        return kind if name is None else f"layer {name!r}, {kind}"
+
+    def extra_repr(self) -> str:
+        """torch's, and what differs from the defaults of this class."""
+        parts = [super().extra_repr()]
+        if self.channel_dim != 1:
+            parts.append(f"channel_dim={self.channel_dim}")
+        if self.activation is not None and not isinstance(self.activation, torch.nn.Module):
+            parts.append(f"activation={getattr(self.activation, '__name__', self.activation)!r}")
+        return ", ".join(parts)
