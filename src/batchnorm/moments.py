@@ -111,6 +111,7 @@ class Moments:
                 f"{channel_dim}, got {x.dtype} of shape {tuple(x.shape)}"
             )
         axes = reduced_axes(x, channel_dim)
+        wider = x.dtype != accumulation_dtype(x.device)
         x = x.to(accumulation_dtype(x.device))
         if mask is None:
             count = x.new_full((), math.prod([x.shape[axis] for axis in axes]))
@@ -124,7 +125,12 @@ class Moments:
         def total(values: Tensor) -> Tensor:
             return (values if weights is None else values * weights).sum(axes)
 
-        mean = total(x) / torch.where(count > 0, count, 1.0)
+        divisor = torch.where(count > 0, count, 1.0)
+        mean = total(x) / divisor
+        if not wider:
+            # The sum's roundings, of size |mean|, are in the precision that the result is wanted
+            # in. The deviations' are of size σ: adding their mean rounds the mean correctly.
+            mean = mean + total(x - along_channel(mean, x, channel_dim)) / divisor
         m2 = total((x - along_channel(mean, x, channel_dim)).square())
         return cls(count, mean, m2)
 

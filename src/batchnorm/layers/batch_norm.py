@@ -112,6 +112,8 @@ class BatchNorm(_BatchNorm):
         channels = features if num_features is None else num_features
         if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
             raise ArgumentError(f"expected a positive number of channels, got {channels!r}")
+        if not isinstance(channel_dim, int):
+            raise ArgumentError(f"expected channel_dim to be an integer, got {channel_dim!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ArgumentError(f"expected a floating dtype, got {dtype}")
         check_options(eps, momentum, activation)

@@ -1,0 +1,57 @@
+"""Which kernels serve which call, and that what is reported is what happens."""
+
+import pytest
+import torch
+
+from batchnorm import backends, batch_norm
+from batchnorm.kernels import select
+
+
+def backend(x, training=True, **options):
+    statistics = (None, None) if training else (torch.zeros(6), torch.ones(6))
+    x = x.requires_grad_()
+    return batch_norm(x, *statistics, training=training, **options).grad_fn.backend
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_choice(training):
+    assert backend(torch.randn(8, 6), training) == "aten"
+    assert backend(torch.randn(8, 6, 4), training) == "aten"
+    assert backend(torch.randn(8, 6).double(), training) == "reference"
+    assert backend(torch.randn(8, 4, 6), training, channel_dim=2) == "reference"
+    assert backend(torch.randn(8, 6), training, mask=torch.ones(8)) == "reference"
+    assert backend(torch.randn(8, 6) + 100, True) == "reference"
+
+
+def test_evaluation_looks_at_the_offset_of_the_running_statistics():
+    y = batch_norm(torch.randn(8, 6, requires_grad=True), torch.full((6,), 100.0), torch.ones(6))
+    assert y.grad_fn.backend == "reference"
+
+
+def test_report_names_what_serves():
+    names = {b.name for b in backends() if b.available}
+    assert {backend(torch.randn(8, 6)), backend(torch.randn(8, 6).double())} == names
+    assert all(b.serves and b.reason for b in backends())
+
+
+def test_concrete():
+    assert select.concrete(torch.randn(3))
+    assert select.concrete(torch.nn.Parameter(torch.randn(3)))
+    assert not select.concrete(torch.empty(3, device="meta"))
+    seen = []
+    torch.func.vmap(lambda t: seen.append(select.concrete(t)) or t)(torch.randn(2, 3))
+    torch.func.grad(lambda t: (seen.append(select.concrete(t)), t.sum())[1])(torch.randn(3))
+    assert seen == [False, False]
+
+
+def test_saved_statistics_are_copies():
+    """Training on, or DDP's broadcast, changes running buffers between forward and backward."""
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(8, 6, dtype=dtype, requires_grad=True)
+        mean, var = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)
+        dy = torch.randn(8, 6, dtype=dtype)
+        want = torch.autograd.grad(batch_norm(x, mean, var), x, dy)[0]
+        y = batch_norm(x, mean, var)
+        mean.fill_(torch.nan)
+        var.fill_(torch.nan)
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], want)

@@ -1,0 +1,117 @@
+"""What the layer adds to the function: its state, its name in messages, its masks and packs."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from batchnorm import BatchNorm, NonFiniteWarning, batch_norm
+
+
+def test_training_with_a_mask_uses_what_counts_only():
+    lengths = torch.tensor([7, 5, 2, 1])
+    mask = torch.arange(7) < lengths[:, None]
+    x = torch.randn(4, 3, 7) * 2 + 5
+    clean = BatchNorm(3)
+    valid = clean(x.permute(0, 2, 1)[mask])
+    for junk in (0.0, torch.nan, torch.inf, 1e30):
+        bn = BatchNorm(3)
+        padded = torch.where(mask[:, None], x, junk).requires_grad_()
+        y = bn(padded, mask)
+        # The same elements, summed in another order, by other kernels: 64 float32 roundings.
+        torch.testing.assert_close(y.permute(0, 2, 1)[mask], valid, rtol=0, atol=64 * 2.0**-24 * 3)
+        torch.testing.assert_close(bn.running_mean, clean.running_mean)
+        torch.testing.assert_close(bn.running_var, clean.running_var)
+        dy = torch.where(mask[:, None], torch.randn(4, 3, 7), 0.0)
+        grads = torch.autograd.grad(y, (padded, bn.weight, bn.bias), dy)
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_non_finite_batches_are_told_once_with_the_layers_name():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Sequential(BatchNorm(3), nn.ReLU()))
+    bad = torch.full((5, 4), torch.nan)
+    with pytest.warns(NonFiniteWarning, match=r"layer '1\.0', BatchNorm\(3\): .*NaN or infinity"):
+        net(bad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(bad)
+    bn = net[1][0]
+    assert torch.equal(bn.running_mean, torch.zeros(3))
+    assert torch.equal(bn.running_var, torch.ones(3))
+    net(torch.randn(5, 4))
+    assert bn.running_mean.abs().min() > 0
+
+
+def test_packed_sequences():
+    lengths = torch.tensor([2, 6, 4])
+    x, residual = torch.randn(2, 3, 6, 5)
+    pack = lambda t: pack_padded_sequence(  # noqa: E731
+        t, lengths, batch_first=True, enforce_sorted=False
+    )
+    packed, other = pack(x), pack(residual)
+    bn, plain = BatchNorm(5, activation="relu"), BatchNorm(5)
+    y = bn(packed, residual=other)
+    assert isinstance(y, PackedSequence)
+    assert torch.equal(y.data, torch.relu(plain(packed.data) + other.data))
+    assert torch.equal(y.batch_sizes, packed.batch_sizes)
+    assert torch.equal(y.unsorted_indices, packed.unsorted_indices)
+    assert torch.equal(bn.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("track", [True, False])
+def test_counter_and_buffers(momentum, track):
+    bn = BatchNorm(3, momentum=momentum, track_running_stats=track)
+    batches = torch.randn(4, 6, 3)
+    for x in batches:
+        bn(x)
+    if not track:
+        assert bn.running_mean is None
+        assert bn.num_batches_tracked is None
+        x = batches[0]
+        assert torch.equal(bn.eval()(x), bn.train()(x))
+        return
+    assert bn.num_batches_tracked.item() == 4
+    if momentum is None:
+        torch.testing.assert_close(bn.running_mean, batches.mean((0, 1)))
+        torch.testing.assert_close(bn.running_var, batches.var(1).mean(0))
+    bn.reset_running_stats()
+    assert torch.equal(bn.running_var, torch.ones(3))
+
+
+def test_an_empty_batch_is_no_batch():
+    bn = BatchNorm(3, momentum=None)
+    bn(torch.randn(5, 3))
+    before = copy.deepcopy(bn.state_dict())
+    assert bn(torch.randn(0, 3, 4)).shape == (0, 3, 4)
+    for name, value in bn.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_training_with_tracking_switched_off_later_leaves_the_buffers():
+    """torch's own trick to pause the statistics: track_running_stats = False on a live layer."""
+    bn = BatchNorm(3)
+    bn.track_running_stats = False
+    x = torch.randn(5, 3)
+    y = bn(x)
+    assert torch.equal(bn.running_mean, torch.zeros(3))
+    assert torch.equal(y, batch_norm(x, None, None, bn.weight, bn.bias, True))
+
+
+def test_an_activation_module_is_part_of_the_layer():
+    bn = BatchNorm(3, activation=nn.PReLU(3))
+    assert "activation.weight" in bn.state_dict()
+    x = torch.randn(6, 3)
+    y = bn(x)
+    y.square().mean().backward()
+    assert bn.activation.weight.grad.abs().sum() > 0
+
+
+def test_repr_says_what_differs_from_torchs():
+    assert repr(BatchNorm(3)) == repr(nn.BatchNorm1d(3)).replace("BatchNorm1d", "BatchNorm")
+    shown = repr(BatchNorm(3, channel_dim=-1, activation="relu"))
+    assert shown.endswith("channel_dim=-1, activation='relu')")
+    assert "activation='tanh'" in repr(BatchNorm(3, activation=torch.tanh))

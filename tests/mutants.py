@@ -1,0 +1,131 @@
+"""Delete each line of the mathematics in turn: the tests must notice every one.
+
+    python tests/mutants.py [FILE …]     files under src/batchnorm; default: all that compute
+
+A line counts if the file without it still parses and means something else. The mutated package lies
+in a scratch directory; the tests that concern the file run against it until one fails. Lines whose
+loss no test saw are listed at the end, and the exit status is their number. `# mutant: reason` at the
+end of a line exempts it: what it does cannot be seen in values.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "batchnorm"
+PROCESSES = 2
+TIMEOUT_S = 300
+
+#: For each file, the tests that concern it, the quickest to notice first.
+TESTS = {
+    "moments.py": ["test_moments.py", "test_validation.py"],
+    "kernels/reference.py": ["kernels/test_reference.py", "test_numerics.py", "test_autograd.py"],
+    "kernels/aten.py": ["kernels/test_aten.py", "layers/test_compile.py", "test_numerics.py"],
+    "kernels/select.py": [
+        "kernels/test_select.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
+        "layers/test_compile.py",
+    ],
+    "autograd.py": [
+        "test_numerics.py", "test_autograd.py", "layers/test_func.py", "layers/test_persistence.py",
+        "layers/test_compile.py",
+    ],
+    "validation.py": ["test_validation.py"],
+    "functional.py": ["test_functional.py", "test_validation.py", "layers/test_func.py"],
+    "layers/batch_norm.py": [
+        "layers/test_batch_norm.py", "test_validation.py", "test_outline.py", "layers/test_swap.py",
+        "layers/test_persistence.py", "layers/test_layouts.py", "layers/test_compile.py",
+    ],
+}  # fmt: skip
+
+
+def stripped(tree: ast.Module) -> str:
+    """The tree without docstrings and annotations of its own: what a deletion must change."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]
+                statement
+                for statement in body
+                if not (
+                    isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                )
+            ]
+    return ast.dump(tree)
+
+
+def mutants(path: Path) -> list[tuple[int, str]]:
+    """(line number, text without that line) of every deletion that matters."""
+    lines = path.read_text().splitlines(keepends=True)
+    original = stripped(ast.parse("".join(lines)))
+    found = []
+    for index, line in enumerate(lines):
+        text = line.strip()
+        if (
+            not text
+            or text.startswith(("#", "from ", "import ", "@overload"))
+            or "# mutant:" in text
+        ):
+            continue
+        rest = "".join(lines[:index] + lines[index + 1 :])
+        try:
+            if stripped(ast.parse(rest)) != original:
+                found.append((index + 1, rest))
+        except SyntaxError:
+            # Deleting the only statement of a block leaves no program; `pass` is the deletion.
+            indent = line[: len(line) - len(line.lstrip())]
+            rest = "".join([*lines[:index], f"{indent}pass\n", *lines[index + 1 :]])
+            try:
+                ast.parse(rest)
+            except SyntaxError:
+                continue
+            found.append((index + 1, rest))
+    return found
+
+
+def survives(name: str, text: str) -> bool:
+    """Whether the tests pass with this text in place of the file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "batchnorm"
+        shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        (package / name).write_text(text)
+        tests = [str(ROOT / "tests" / test) for test in TESTS[name]]
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *tests]
+        environment = os.environ | {"PYTHONPATH": scratch, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, timeout=TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    if done.returncode not in (0, 1, 2, 4):
+        raise RuntimeError(done.stdout.decode() + done.stderr.decode())
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    jobs = [
+        (name, number, text) for name in names or TESTS for number, text in mutants(SOURCE / name)
+    ]
+    print(f"{len(jobs)} lines to delete", flush=True)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        results = pool.map(lambda job: survives(job[0], job[2]), jobs)
+        alive = []
+        for (name, number, _), lives in zip(jobs, results, strict=True):
+            if lives:
+                line = (SOURCE / name).read_text().splitlines()[number - 1]
+                alive.append(f"{name}:{number}: {line.strip()}")
+                print("survived", alive[-1], flush=True)
+    print(f"{len(jobs) - len(alive)} of {len(jobs)} deletions noticed")
+    return len(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 125))

@@ -1,0 +1,71 @@
+"""The package as a whole: its public names, what importing it needs, what it ships."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import batchnorm
+
+PUBLIC = {
+    "ArgumentError",
+    "BatchNorm",
+    "BatchNormError",
+    "BatchNormOutput",
+    "InputError",
+    "MissingDependencyError",
+    "Moments",
+    "NonFiniteWarning",
+    "backends",
+    "batch_norm",
+    "batch_norm_pure",
+}
+
+
+def test_public_names():
+    modules = {"autograd", "errors", "functional", "kernels", "layers", "moments", "validation"}
+    names = {name for name in vars(batchnorm) if not name.startswith("_")}
+    assert names - modules - {"lab", "cli"} == PUBLIC
+    for name in PUBLIC:
+        assert getattr(batchnorm, name).__doc__
+
+
+def test_one_base_class():
+    for name in PUBLIC:
+        thing = getattr(batchnorm, name)
+        if isinstance(thing, type) and issubclass(thing, Exception):
+            assert issubclass(thing, (batchnorm.BatchNormError, Warning))
+
+
+def test_version_is_the_distributions():
+    assert batchnorm.__version__ == importlib.metadata.version("batchnorm")
+
+
+def test_importing_and_using_the_layer_needs_torch_only():
+    """With every other dependency made impossible to import, the outline's sample still runs."""
+    program = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"numpy", "typer", "rich", "joblib", "matplotlib", "sklearn",
+                                  "jinja2", "click", "scipy"}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from batchnorm import BatchNorm
+y = BatchNorm(features=10)(torch.randn(64, 10))
+assert abs(float(y.mean())) < 1e-6 and abs(float(y.var(0, correction=0).mean()) - 1) < 1e-3
+assert "batchnorm.lab" not in sys.modules and "batchnorm.cli" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_typed_marker_and_licence_are_shipped():
+    root = Path(batchnorm.__file__).parent
+    assert (root / "py.typed").exists()
+    assert (root / "kernels" / "README.md").exists()
+    files = importlib.metadata.metadata("batchnorm")
+    assert files["License-Expression"] == "MIT"
