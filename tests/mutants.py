@@ -4,8 +4,8 @@
 
 A line counts if the file without it still parses and means something else. The mutated package lies
 in a scratch directory; the tests that concern the file run against it until one fails. Lines whose
-loss no test saw are listed at the end, and the exit status is their number. `# mutant: reason` at the
-end of a line exempts it: what it does cannot be seen in values.
+loss no test saw are listed at the end, and the exit status is their number. `# mutant: reason` at
+the end of a line exempts it: what it does cannot be seen in values.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "batchnorm"
 PROCESSES = 2
 TIMEOUT_S = 300
+SKIPPED = ("#", "from ", "import ", "@overload")
 
 #: For each file, the tests that concern it, the quickest to notice first.
 TESTS = {
@@ -68,11 +69,7 @@ def mutants(path: Path) -> list[tuple[int, str]]:
     found = []
     for index, line in enumerate(lines):
         text = line.strip()
-        if (
-            not text
-            or text.startswith(("#", "from ", "import ", "@overload"))
-            or "# mutant:" in text
-        ):
+        if not text or text.startswith(SKIPPED) or "# mutant:" in text:
             continue
         rest = "".join(lines[:index] + lines[index + 1 :])
         try:

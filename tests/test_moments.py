@@ -9,8 +9,8 @@ import oracle
 from batchnorm import InputError, Moments
 
 # float64: u = 2^-53. Each of n sums errs by at most (n-1)·u relative to the sum of magnitudes, and
-# torch's pairwise sums by far less; n <= 500 here. 64 u covers both sums; measured worst, over the cases
-# below: 31 u.
+# torch's pairwise sums by far less; n <= 500 here. 64 u covers both sums; measured
+# worst, over the cases below: 31 u.
 ROUNDING = 64 * 2.0**-53
 
 LAYOUTS = {
