@@ -53,7 +53,6 @@ def normalize(
     Returns:
         The shape of `x`; its dtype, promoted with the residual's.
     """
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     z = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
     if weight is not None:
         z = z * along_channel(weight, x, channel_dim)
@@ -61,7 +60,12 @@ def normalize(
         z = z + along_channel(bias, x, channel_dim)
     if residual is not None:
         z = z + residual
-    return activate(z, activation).to(dtype)
+    return activate(z, activation).to(output_dtype(x, residual))
+
+
+def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The dtype of y: that of x, promoted with the residual's."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
@@ -120,7 +124,29 @@ def backward(
         activation: as in the forward pass.
         channel_dim: as in the forward pass.
     """
-    axes = reduced_axes(x, channel_dim)
+    dz, x_hat = backward_terms(
+        dy, x, y, weights, mean, var, eps=eps, activation=activation, channel_dim=channel_dim
+    )
+    d_weight, d_bias = backward_reduce(dz, x_hat, channel_dim)
+    dx = backward_input(
+        dz, x_hat, weights, count, var, weight, d_weight, d_bias, eps=eps, channel_dim=channel_dim
+    )
+    return Gradients(dx, d_weight, d_bias, dz)
+
+
+def backward_terms(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+    activation: str | None,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """Per element: dz, the gradient before the activation, and x̂."""
     dz = activation_slope(dy.to(mean.dtype), y, activation)
     x_hat = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
     if weights is not None:
@@ -130,17 +156,37 @@ def backward(
         sound = (weights > 0) | (x_hat.isfinite() & dz.isfinite())
         dz = torch.where(sound, dz, 0.0)
         x_hat = torch.where(sound, x_hat, 0.0)
-    d_bias = dz.sum(axes)
-    d_weight = (dz * x_hat).sum(axes)
+    return dz, x_hat
+
+
+def backward_reduce(dz: Tensor, x_hat: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """Per channel: dγ = Σ dz·x̂ and dβ = Σ dz."""
+    axes = reduced_axes(dz, channel_dim)
+    return (dz * x_hat).sum(axes), dz.sum(axes)
+
+
+def backward_input(
+    dz: Tensor,
+    x_hat: Tensor,
+    weights: Tensor | None,
+    count: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    *,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """Per element: dx = γ/√(var + eps) · (dz − w/count · (dβ + x̂·dγ))."""
     dx = dz
     if count is not None:
-        pull = along_channel(d_bias, x, channel_dim) + x_hat * along_channel(
-            d_weight, x, channel_dim
-        )
-        pull = pull / torch.where(count > 0, count, 1.0)
+        total = torch.where(count > 0, count, 1.0)
+        pull = x_hat * along_channel(d_weight / total, dz, channel_dim)
+        pull = pull + along_channel(d_bias / total, dz, channel_dim)
         dx = dx - (pull if weights is None else pull * weights)
     scale = inverse_std(var, eps) if weight is None else inverse_std(var, eps) * weight
-    return Gradients(dx * along_channel(scale, x, channel_dim), d_weight, d_bias, dz)
+    return dx * along_channel(scale, dz, channel_dim)
 
 
 def tangent(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..moments import Moments, accumulation_dtype, expand_mask
-from . import aten, reference
+from . import aten, blocked, reference
 from .reference import Gradients
 
 
@@ -76,6 +76,15 @@ def concrete(tensor: Tensor) -> bool:
     )
 
 
+def blocks(x: Tensor) -> bool:
+    """Whether the reference should go through `x` block by block.
+
+    Not where the operations themselves are recorded: under a transform, compilation, or in a
+    backward pass that will be differentiated again.
+    """
+    return x.numel() > blocked.BLOCK and concrete(x) and not torch.is_grad_enabled()
+
+
 def transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, …) is running over this tensor."""
     # Compilation traces through torch.func by other means. No public name exists for the question.
@@ -116,7 +125,11 @@ def forward(
         wide = torch.promote_types(accumulation_dtype(x.device), given[0].dtype)
         count, statistics = None, (given[0].to(wide, copy=True), given[1].to(wide, copy=True))
     else:
-        moments = Moments.of(x, mask, channel_dim=channel_dim)
+        moments = (
+            blocked.moments(x, mask, channel_dim)
+            if blocks(x)
+            else Moments.of(x, mask, channel_dim=channel_dim)
+        )
         count, statistics = moments.count, (moments.mean, moments.variance())
     if (
         given
@@ -126,7 +139,8 @@ def forward(
     ):
         y = aten.normalize(x, *given, weight, bias, residual, eps=eps, activation=activation)
         return y, count, *statistics, "reference"
-    y = reference.normalize(
+    kernel = blocked.normalize if blocks(x) else reference.normalize
+    y = kernel(
         x,
         *statistics,
         weight,
@@ -160,7 +174,8 @@ def backward(
             dy, x, y, mean, var, weight, constant=count is None, eps=eps, activation=activation
         )
     weights = None if mask is None else expand_mask(mask, x, channel_dim).to(mean.dtype)
-    return reference.backward(
+    kernel = blocked.backward if blocks(x) else reference.backward
+    return kernel(
         dy,
         x,
         y,
