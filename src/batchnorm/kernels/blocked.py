@@ -17,9 +17,10 @@ from ..moments import Moments, expand_mask, reduced_axes
 from . import reference
 from .reference import Gradients
 
-#: Elements in a block: 1 MB in float64. Measured, 2 cores with 1 MB of level-2 cache each, forward as
-#: a multiple of torch's on (32, 64, 56, 56) channels-last: 27 for 2^13, 5.7 for 2^16, 6.4 for 2^17
-#: and 2^19, 8.3 for 2^21; on (4096, 1024): 14.5 for 2^15, 10.5, 9.0, 9.6, 17. Not cut at all: 66, 56.
+#: Elements in a block: 1 MB in float64. Measured, 2 cores with 1 MB of level-2 cache each, forward
+#: as a multiple of torch's on (32, 64, 56, 56) channels-last: 27 for 2^13, 5.7 for 2^16, 6.4 for
+#: 2^17 and 2^19, 8.3 for 2^21; on (4096, 1024): 14.5 for 2^15, 10.5 for 2^16, 9.0, 9.6, 17. Not cut
+#: at all: 66 and 56.
 BLOCK = 1 << 17
 
 
@@ -27,7 +28,7 @@ def pieces(x: Tensor, channel_dim: int) -> tuple[int, int]:
     """Along which axis to cut, and how many of its entries make a block."""
     axes = reduced_axes(x, channel_dim)
     axis = next((axis for axis in axes if x.shape[axis] > 1), axes[0])
-    return axis, max(1, BLOCK * x.shape[axis] // max(x.numel(), 1))
+    return axis, max(1, BLOCK * x.shape[axis] // x.numel())
 
 
 def cut(x: Tensor, channel_dim: int, *others: Tensor | None) -> Iterator[tuple[Tensor, list[Any]]]:
