@@ -4,10 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo test quick lint format mutants clean
+.PHONY: demo picture test quick lint format mutants clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
+
+# The README's picture and what is behind it, from the demo's own results (without the curves).
+picture: demo
+	mkdir -p docs/images
+	cp $(OUT)/figures/accuracy.svg docs/images/accuracy.svg
+	$(BIN)/python -c "import json, sys; results = json.load(sys.stdin); del results['runs']; \
+	  print(json.dumps(results, indent=2, ensure_ascii=False))" \
+	  < $(OUT)/results.json > docs/images/accuracy.json
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

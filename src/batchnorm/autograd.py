@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import reference, select
-from .moments import Moments, expand_mask
+from batchnorm.kernels import reference, select
+from batchnorm.moments import Moments, expand_mask
 
 
 class BatchNormFunction(torch.autograd.Function):

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import BatchNormFunction, DualBatchNormFunction
-from .errors import InputError, NonFiniteWarning
-from .kernels import select
-from .moments import Moments
-from .validation import Activation, check_count, check_options, check_tensors
+from batchnorm.autograd import BatchNormFunction, DualBatchNormFunction
+from batchnorm.errors import InputError, NonFiniteWarning
+from batchnorm.kernels import select
+from batchnorm.moments import Moments
+from batchnorm.validation import Activation, check_count, check_options, check_tensors
 
 
 class BatchNormOutput(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from batchnorm.errors import InputError
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

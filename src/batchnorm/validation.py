@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, InputError
-from .kernels import reference, select
-from .moments import expand_mask
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.kernels import reference, select
+from batchnorm.moments import expand_mask
 
 Activation = str | Callable[[Tensor], Tensor] | None
 

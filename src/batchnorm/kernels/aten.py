@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, Gradients, activation_slope, inverse_std
+from batchnorm.kernels.reference import ACTIVATIONS, Gradients, activation_slope, inverse_std
 
 #: Largest |mean|/σ served. 2u·ρ = 5e-7 at 4: as much again as rounding γ·x̂ + β itself costs at
 #: |x̂| = 4. Measured: error of the mean in σ 2e-7 at ρ = 4, (8, 64, 28, 28).

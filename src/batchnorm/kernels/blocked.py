@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moments import Moments, expand_mask, reduced_axes
-from . import reference
-from .reference import Gradients
+from batchnorm.kernels import reference
+from batchnorm.kernels.reference import Gradients
+from batchnorm.moments import Moments, expand_mask, reduced_axes
 
 #: Elements in a block: 1 MB in float64. Measured, 2 cores with 1 MB of level-2 cache each, forward
 #: as a multiple of torch's on (32, 64, 56, 56) channels-last: 27 for 2^13, 5.7 for 2^16, 6.4 for

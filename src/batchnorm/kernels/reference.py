@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from ..moments import along_channel, reduced_axes
+from batchnorm.moments import along_channel, reduced_axes
 
 #: Slope of "leaky_relu" below zero; torch.nn.LeakyReLU's default.
 LEAKY_SLOPE = 0.01

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..moments import Moments, accumulation_dtype, expand_mask
-from . import aten, blocked, reference
-from .reference import Gradients
+from batchnorm.kernels import aten, blocked, reference
+from batchnorm.kernels.reference import Gradients
+from batchnorm.moments import Moments, accumulation_dtype, expand_mask
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Backend:
     serves: str
     reason: str
 
+    def __str__(self) -> str:
+        state = "serves" if self.available else "not available; would serve"
+        return f"{self.name}: {state} {self.serves}. Why: {self.reason}."
+
 
 def backends() -> tuple[Backend, ...]:
     """What is built, what is used for which calls, and why not for others.
@@ -42,6 +46,8 @@ def backends() -> tuple[Backend, ...]:
         >>> import batchnorm
         >>> [backend.name for backend in batchnorm.backends()]
         ['aten', 'reference']
+        >>> print(batchnorm.backends()[1])
+        reference: serves everything else: any device, dtype, layout and mask, ...
     """
     return (
         Backend(
@@ -57,7 +63,8 @@ def backends() -> tuple[Backend, ...]:
             "reference",
             True,
             "everything else: any device, dtype, layout and mask, torch.func, torch.compile",
-            "float64 accumulation in plain torch: right everywhere, not fused",
+            "float64 accumulation in plain torch, block by block where the call is large and on the "
+            "CPU: right everywhere, fused nowhere",
         ),
     )
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
-from ..errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
-from ..moments import Moments
-from ..validation import Activation, check_options
+from batchnorm import functional
+from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
+from batchnorm.moments import Moments
+from batchnorm.validation import Activation, check_options
 
 #: The outline's names for torch's parameters.
 _ALIASES = {"gamma": "weight", "beta": "bias"}
