@@ -268,11 +268,14 @@ def normalize(
         check_count(values, x, mask, channel_dim)
     fused = activation if isinstance(activation, str) else None
     given = (None, None) if training else (running_mean, running_var)
-    # Dynamo refuses a Function that defines jvp; forward mode under compilation goes without.
-    function = BatchNormFunction if torch.compiler.is_compiling() else DualBatchNormFunction
-    y, count, mean, var, _ = function.apply(
-        x, weight, bias, residual, mask, *given, eps, fused, channel_dim
+    # Dynamo refuses a Function that defines jvp, so forward mode under compilation goes without;
+    # torch.jit.trace would keep a call into Python, so it gets the operations inside.
+    apply = (
+        BatchNormFunction.apply if torch.compiler.is_compiling() else DualBatchNormFunction.apply
     )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        apply = BatchNormFunction.forward
+    y, count, mean, var, _ = apply(x, weight, bias, residual, mask, *given, eps, fused, channel_dim)
     if callable(activation):
         y = activation(y)
     if count is None or values == 0:

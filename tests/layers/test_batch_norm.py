@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,3 +116,49 @@ def test_repr_says_what_differs_from_torchs():
     shown = repr(BatchNorm(3, channel_dim=-1, activation="relu"))
     assert shown.endswith("channel_dim=-1, activation='relu')")
     assert "activation='tanh'" in repr(BatchNorm(3, activation=torch.tanh))
+
+
+def test_torch_fx_takes_it_as_one_node():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm(4), nn.ReLU())
+    traced = torch.fx.symbolic_trace(net)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
+        "0",
+        "1",
+        "2",
+    ]
+    x = torch.randn(2, 3, 6, 6)
+    reference = copy.deepcopy(net)
+    assert torch.equal(traced(x), reference(x))
+    assert torch.equal(traced.get_submodule("1").running_mean, reference[1].running_mean)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNorm(4, activation="relu")
+
+        def forward(self, x, mask, skip):
+            return self.bn(x, mask, residual=skip)
+
+    block = Block()
+    x, skip = torch.randn(2, 5, 4)
+    mask = torch.rand(5) > 0.2
+    want = copy.deepcopy(block)(x, mask, skip)
+    assert torch.equal(torch.fx.symbolic_trace(block)(x, mask, skip), want)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_torch_jit_trace_in_evaluation():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm(4, activation="relu"))
+    net(torch.randn(8, 3, 6, 6))
+    net.eval()
+    traced = torch.jit.trace(net, torch.randn(2, 3, 6, 6))
+    assert "aten::batch_norm" in str(traced.inlined_graph)
+    x = torch.randn(5, 3, 6, 6)
+    torch.testing.assert_close(traced(x), net(x))
+
+
+def test_integers_of_any_kind():
+    bn = BatchNorm(np.int64(4), channel_dim=np.int32(-1))
+    assert type(bn.num_features) is int
+    assert type(bn.channel_dim) is int
+    bn(torch.randn(3, 2, 4))

@@ -63,8 +63,8 @@ def backends() -> tuple[Backend, ...]:
             "reference",
             True,
             "everything else: any device, dtype, layout and mask, torch.func, torch.compile",
-            "float64 accumulation in plain torch, block by block where the call is large and on the "
-            "CPU: right everywhere, fused nowhere",
+            "float64 accumulation in plain torch, block by block where the call is large: right "
+            "everywhere, fused nowhere",
         ),
     )
 
@@ -72,15 +72,20 @@ def backends() -> tuple[Backend, ...]:
 def concrete(tensor: Tensor) -> bool:
     """Whether the tensor's values can be read here, now, without waiting for a device.
 
-    They cannot under compilation and export, inside torch.func's transforms, on meta and fake
+    They cannot while a program is recorded, in torch.func's transforms, on meta and fake
     tensors; on an accelerator, reading stalls the program until the device has caught up.
     """
     return (
-        not torch.compiler.is_compiling()
+        not recorded()
         and tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not transformed(tensor)
     )
+
+
+def recorded() -> bool:
+    """Whether the operations themselves are the result: compilation, export, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def blocks(x: Tensor) -> bool:
@@ -89,7 +94,8 @@ def blocks(x: Tensor) -> bool:
     Not where the operations themselves are recorded: under a transform, compilation, or in a
     backward pass that will be differentiated again.
     """
-    return x.numel() > blocked.BLOCK and concrete(x) and not torch.is_grad_enabled()
+    # Concrete first: a symbolic size must not be compared, or a graph would be bound to it.
+    return concrete(x) and x.numel() > blocked.BLOCK and not torch.is_grad_enabled()
 
 
 def transformed(tensor: Tensor) -> bool:
@@ -138,12 +144,7 @@ def forward(
             else Moments.of(x, mask, channel_dim=channel_dim)
         )
         count, statistics = moments.count, (moments.mean, moments.variance())
-    if (
-        given
-        and mask is None
-        and torch.compiler.is_compiling()
-        and aten.exports(x, *others, channel_dim=channel_dim)
-    ):
+    if given and mask is None and recorded() and aten.exports(x, *others, channel_dim=channel_dim):
         y = aten.normalize(x, *given, weight, bias, residual, eps=eps, activation=activation)
         return y, count, *statistics, "reference"
     kernel = blocked.normalize if blocks(x) else reference.normalize

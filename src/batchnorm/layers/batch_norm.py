@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
@@ -88,6 +90,7 @@ class BatchNorm(_BatchNorm):
 
     channel_dim: int
     activation: Activation
+    _told_nonfinite: bool
 
     def __init__(
         self,
@@ -110,17 +113,17 @@ class BatchNorm(_BatchNorm):
                 f"channels), got num_features={num_features!r}, features={features!r}"
             )
         channels = features if num_features is None else num_features
-        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        if not isinstance(channels, Integral) or isinstance(channels, bool) or channels < 1:
             raise ArgumentError(f"expected a positive number of channels, got {channels!r}")
-        if not isinstance(channel_dim, int):
+        if not isinstance(channel_dim, Integral):
             raise ArgumentError(f"expected channel_dim to be an integer, got {channel_dim!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ArgumentError(f"expected a floating dtype, got {dtype}")
         check_options(eps, momentum, activation)
         super().__init__(
-            channels, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+            int(channels), eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
-        self.channel_dim = channel_dim
+        self.channel_dim = int(channel_dim)
         self.activation = activation
         self._told_nonfinite = False
         self._widen_statistics()
@@ -172,6 +175,11 @@ class BatchNorm(_BatchNorm):
             InputError: the input does not fit, or in training a channel has no more than one value.
                 The message names the layer; nothing has been changed.
         """
+        if isinstance(x, Proxy):
+            # torch.fx takes torch's own layers as one node, and must not look inside this one.
+            arguments = (x,) if mask is None and residual is None else (x, mask, residual)
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, arguments, {})
         try:
             if isinstance(x, PackedSequence):
                 return self._forward_packed(x, mask, residual)
