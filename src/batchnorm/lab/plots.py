@@ -1,0 +1,264 @@
+"""The kinds of figure that experiments share; series differ in colour and, without it, in line.
+
+Colours are Okabe and Ito's, safe for colour-blind readers. Figures are drawn at the width of a
+phone and scaled up elsewhere, so their text is never smaller than drawn there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+
+# The report swaps these two, and the colours of the series, for those of the reader's light or dark
+# page; nothing else in a figure may have them.
+INK, RULE = "#1b1f25", "#cfd4da"
+
+# Inches; at 72 points an inch, 374 points are about the text width of a phone.
+WIDTH = 5.2
+
+BAND_ALPHA = 0.22
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn everywhere."""
+
+    colour: str
+    dash: Any
+    mark: str
+
+
+# First series dashed vermillion with squares, second solid blue with circles, third dotted green.
+LOOKS = (
+    Look("#D55E00", (0, (5, 2)), "s"),
+    Look("#0072B2", "solid", "o"),
+    Look("#009E73", (0, (1, 1.5)), "^"),
+)
+
+Rows = Sequence[Sequence[float | None]]
+"""One row a seed; None where there was no finite number."""
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Draw and save in the house style, whatever the user's matplotlibrc says."""
+    settings: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        # SVG text stays text; a browser is offered these, and the first is what is measured.
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+        "font.size": 10,
+        "text.color": INK,
+        "axes.facecolor": "none",
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "legend.handlelength": 3,
+        "lines.linewidth": 1.8,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "batchnorm",
+        "figure.constrained_layout.use": True,
+    }
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
+        yield
+
+
+def summary(rows: Rows) -> tuple[list[float], list[float], list[float]]:
+    """Return lowest, median and highest over the seeds at each point; NaN where no seed has any."""
+    low, middle, high = [], [], []
+    for column in zip(*rows, strict=True):
+        there = [value for value in column if value is not None] or [math.nan]
+        low.append(min(there))
+        middle.append(statistics.median(there))
+        high.append(max(there))
+    return low, middle, high
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Rows]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    level: float,
+    level_label: str,
+) -> Figure:
+    """Draw a share's median and range over seeds by step (log scale), and a level to be reached."""
+    figure = Figure((WIDTH, 3.7))
+    axes = figure.subplots()
+    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(x, middle, color=look.colour, linestyle=look.dash, label=name)
+    axes.axhline(level, color=INK, linewidth=1, linestyle=":")
+    axes.annotate(
+        level_label,
+        (0, level),
+        (4, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9,
+    )
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter(_plain)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _legend(figure, axes)
+    return figure
+
+
+def sweep(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float | None]]]],
+    *,
+    horizon: float,
+    chosen: Mapping[tuple[str, str], float],
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Draw a value by learning rate for each series; None is drawn at the horizon, as an open mark.
+
+    Args:
+        panels: For each panel title and series name, the seeds' values at each learning rate.
+        horizon: What a value of None counts as.
+        chosen: The learning rates to ring, by panel title and series name.
+        xlabel: Label of the horizontal axis.
+        ylabel: Label of the vertical axis.
+    """
+    figure = Figure((WIDTH, 0.8 + 2.9 * len(panels)))
+    grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, arms) in zip(grid, panels.items(), strict=True):
+        for side, look, (name, by_rate) in zip((-1, 1), LOOKS, arms.items(), strict=False):
+            filled = {
+                rate: [horizon if value is None else value for value in values]
+                for rate, values in by_rate.items()
+            }
+            middle = [statistics.median(values) for values in filled.values()]
+            axes.plot(list(filled), middle, color=look.colour, linestyle=look.dash, label=name)
+            for rate, values in by_rate.items():
+                for value in values:
+                    axes.plot(
+                        # Side by side, or equal values of two series would hide each other.
+                        rate * 1.06**side,
+                        horizon if value is None else value,
+                        look.mark,
+                        color=look.colour,
+                        markersize=5,
+                        markerfacecolor="none" if value is None else look.colour,
+                    )
+            if ringed := chosen.get((title, name)):
+                axes.plot(
+                    ringed,
+                    statistics.median(filled[ringed]),
+                    "o",
+                    color=INK,
+                    markersize=15,
+                    markerfacecolor="none",
+                    markeredgewidth=1.2,
+                )
+        axes.axhline(horizon, color=INK, linewidth=1, linestyle=":")
+        axes.set(xscale="log", yscale="log", ylabel=ylabel, title=title)
+        axes.xaxis.set_major_formatter(_plain)
+        _steps_of_a_decade(axes)
+    grid[-1].set_xlabel(xlabel)
+    _legend(figure, grid[0])
+    return figure
+
+
+def quantile_panels(
+    panels: Mapping[str, tuple[Sequence[float], Mapping[str, Rows]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw quantiles by step, one panel a series, all on one scale, with labels at the lines."""
+    figure = Figure((WIDTH, 0.6 + 2.3 * len(panels)))
+    grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, look, (title, (x, quantiles)) in zip(grid, LOOKS, panels.items(), strict=False):
+        for name, rows in quantiles.items():
+            low, middle, high = summary(rows)
+            axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+            axes.plot(x, middle, color=look.colour, linestyle=look.dash, linewidth=1.3)
+            axes.annotate(
+                name,
+                (x[-1], middle[-1]),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                annotation_clip=False,
+            )
+        axes.set(title=title, ylabel=ylabel)
+    grid[-1].set_xlabel(xlabel)
+    return figure
+
+
+def by_layer(series: Mapping[str, Rows], *, xlabel: str, ylabel: str) -> Figure:
+    """Draw a value by layer (log scale): the median over seeds, a bar from lowest to highest."""
+    figure = Figure((WIDTH, 3.4))
+    axes = figure.subplots()
+    for side, look, (name, rows) in zip((-1, 1), LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        # Side by side, or the bars of two series would hide each other.
+        x = [layer + 0.04 * side for layer in range(1, len(middle) + 1)]
+        axes.vlines(x, low, high, color=look.colour, linewidth=1.5)
+        axes.plot(x, middle, color=look.colour, linestyle=look.dash, marker=look.mark, label=name)
+        axes.set_xticks(range(1, len(middle) + 1))
+    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
+    _steps_of_a_decade(axes)
+    _legend(figure, axes)
+    return figure
+
+
+def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
+    """Draw every seed's value as a mark on a line of its series, and the median as a stroke."""
+    figure = Figure((WIDTH, 0.7 + 0.55 * len(series)))
+    axes = figure.subplots()
+    for place, (look, (_, values)) in enumerate(zip(LOOKS, series.items(), strict=False)):
+        axes.plot(
+            values,
+            [-place] * len(values),
+            look.mark,
+            color=look.colour,
+            markersize=7,
+            markerfacecolor="none",
+        )
+        middle = statistics.median(values)
+        axes.vlines(middle, -place - 0.3, -place + 0.3, color=INK, linewidth=2)
+    axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
+    axes.set_yticks([-place for place in range(len(series))], list(series))
+    axes.set_xlim(left=0)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Name the series above the axes, where no curve can run through the names."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=len(LOOKS))
+
+
+def _plain(value: float, _: object) -> str:
+    """Write a tick as 0.1 or 300, which needs no exponent to be read."""
+    return f"{value:g}"
+
+
+def _steps_of_a_decade(axes: Axes) -> None:
+    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(_plain)
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,93 @@
+"""report.html and the figures, made from results.json and nothing else."""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+import re
+from pathlib import Path
+
+import jinja2
+
+from batchnorm.lab import plots, results
+from batchnorm.lab.experiments import Picture
+from batchnorm.lab.store import write_atomically
+from batchnorm.lab.verdict import Verdict
+
+FILE = "report.html"
+TEMPLATE = "report.template.html"
+
+# 5.2 inches then are 936 pixels: sharp on a dense screen, and small enough to be kept in git.
+PNG_DPI = 180
+
+
+def build(directory: Path) -> Path:
+    """Write report.html and figures/ into a directory with a results.json; return the page's path.
+
+    The same results.json gives the same report, byte for byte.
+    """
+    found = results.read(directory)
+    content = found.content
+    verdict = {**content["findings"]["verdict"]}
+    verdict["differences"] = tuple(verdict["differences"])
+    with plots.style():
+        pictures = found.experiment.figures(found.settings, found.runs)
+        drawings = [_svg(picture, transparent=True) for picture in pictures]
+        folder = directory / "figures"
+        folder.mkdir(exist_ok=True)
+        for picture in pictures:
+            write_atomically(folder / f"{picture.name}.svg", _svg(picture, transparent=False))
+            write_atomically(folder / f"{picture.name}.png", _png(picture))
+    template = importlib.resources.files("batchnorm.lab").joinpath(TEMPLATE)
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(template.read_text(encoding="utf-8"))
+    html = page.render(
+        **content,
+        verdict=Verdict(**verdict),
+        looks=plots.LOOKS,
+        figures=[
+            {"picture": picture, "svg": _inline(drawing, picture.name)}
+            for picture, drawing in zip(pictures, drawings, strict=True)
+        ],
+        steps_s=sum(run["timing"].get("steps_s", 0.0) for run in content["runs"]),
+    )
+    path = directory / FILE
+    write_atomically(path, html)
+    return path
+
+
+def _svg(picture: Picture, *, transparent: bool) -> str:
+    buffer = io.StringIO()
+    picture.figure.savefig(
+        buffer,
+        format="svg",
+        facecolor="none" if transparent else "white",
+        # A date would make two builds differ.
+        metadata={"Date": None, "Title": picture.title},
+    )
+    return buffer.getvalue()
+
+
+def _png(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return an SVG file as part of a page: no prologue or address, its own ids, the page's ink."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    # Two figures' ids would meet in one page.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    colours = {plots.INK: "ink", plots.RULE: "rule"}
+    colours |= {look.colour: f"series{i}" for i, look in enumerate(plots.LOOKS, start=1)}
+    for colour, variable in colours.items():
+        svg = svg.replace(colour.lower(), f"var(--{variable})")
+    # The page sets the size; the viewBox keeps the shape.
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)

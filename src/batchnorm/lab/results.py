@@ -1,0 +1,134 @@
+"""results.json: everything that an experiment found, and all that its report is made from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+
+from batchnorm._version import __version__
+from batchnorm.errors import InputError
+from batchnorm.lab.data import Dataset
+from batchnorm.lab.experiments import Experiment, Findings, Run, Settings, find
+from batchnorm.lab.store import strict, write_atomically
+
+FILE = "results.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of a results.json, and the experiment that it belongs to."""
+
+    experiment: Experiment[Any, Any]
+    content: dict[str, Any]
+
+    @property
+    def runs(self) -> list[Run[Any]]:
+        """Return the runs in the order of the plan."""
+        return [
+            Run(self.experiment.trial(**run["trial"]), run["measured"], run["timing"])
+            for run in self.content["runs"]
+        ]
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings that the runs were planned with."""
+        kind: type[Settings] = type(next(iter(self.experiment.profiles.values())))
+        return kind(**{key: _tuples(value) for key, value in self.content["settings"].items()})
+
+
+def write(
+    directory: Path,
+    experiment: Experiment[Any, Any],
+    profile: str,
+    settings: Settings,
+    data: Dataset,
+    runs: list[Run[Any]],
+    findings: Findings,
+    command: str,
+) -> Results:
+    """Write results.json, in strict JSON, and return its content."""
+    content = {
+        "schema": SCHEMA,
+        "experiment": {
+            key: getattr(experiment, key) for key in ("name", "claim", "source", "recipe")
+        },
+        "command": command,
+        "profile": profile,
+        "settings": asdict(settings),
+        "seeds": _seeds(runs),
+        "data": data.describe(),
+        "environment": environment(),
+        "findings": asdict(findings),
+        "runs": [asdict(run) for run in runs],
+    }
+    text = json.dumps(strict(content), allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(directory / FILE, text)
+    return Results(experiment, json.loads(text))
+
+
+def read(directory: Path) -> Results:
+    """Read a results.json back; InputError if it is not one."""
+    path = directory / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise InputError(
+                f"{path}: expected schema {SCHEMA}; got {content['schema']}. Read it with the "
+                f"batchnorm that wrote it ({content['environment']['batchnorm']}); this is "
+                f"{__version__}."
+            )
+        results = Results(find(content["experiment"]["name"]), content)
+        _ = results.runs, results.settings
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{directory}: expected a directory that `batchnorm lab run` has filled; there is no "
+            f"{FILE} in it. An interrupted run has none: give the same run command again."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: expected the results of an experiment; it does not read as such "
+            f"({type(error).__name__}: {error}). Give the run command again: it rewrites the file "
+            "from the finished runs."
+        ) from error
+    return results
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine, as far as results can depend on them."""
+    versions = {
+        name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn", "matplotlib")
+    }
+    return {
+        "batchnorm": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **versions,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": joblib.cpu_count(),
+        "device": "cpu",
+        "threads_per_run": 1,
+    }
+
+
+def _seeds(runs: list[Run[Any]]) -> dict[str, list[int]]:
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        stage = seeds.setdefault(run.trial.stage, [])
+        if run.trial.seed not in stage:
+            stage.append(run.trial.seed)
+    return seeds
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,83 @@
+"""From a name to a report: load the data, do the runs, judge, write everything down."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from batchnorm.errors import ArgumentError
+from batchnorm.lab import data as datasets
+from batchnorm.lab import results, runner
+from batchnorm.lab.experiments import find
+from batchnorm.lab.store import Store
+
+RUNS = "runs"
+
+
+def run(
+    name: str,
+    out: str | Path,
+    *,
+    profile: str = "quick",
+    seeds: int | None = None,
+    data: str = "digits",
+    jobs: int | None = None,
+    progress: runner.Progress | None = None,
+) -> results.Results:
+    """Run an experiment, judge it, and write `out`/results.json, report.html, figures/ and runs/.
+
+    Runs that are in `out`/runs already, of the same recipe, data and versions, are not repeated.
+
+    Args:
+        name: The experiment, one of `discover()`.
+        out: A directory; made if need be.
+        profile: "quick" or "full".
+        seeds: How many paired evaluation seeds, at least 1; None for the profile's own number.
+        data: "digits", or the path of an .npz file with arrays x and y.
+        jobs: How many local processes; -1 for one a core; None for what the surrounding
+            `joblib.parallel_config` says, so that backend="dask" or "ray" takes it to a cluster.
+        progress: Who is told of every finished run.
+
+    Raises:
+        ArgumentError: There is no such experiment or profile, or `seeds` or `jobs` is impossible.
+        InputError: The data file cannot be used.
+        TrialError: Some training runs raised; the others are kept.
+    """
+    experiment = find(name)
+    if profile not in experiment.profiles:
+        known = ", ".join(experiment.profiles)
+        raise ArgumentError(f"{name} has no profile {profile!r}. Expected one of: {known}.")
+    settings = experiment.profiles[profile]
+    if seeds is not None:
+        if seeds < 1:
+            raise ArgumentError(f"seeds must be at least 1 (2 for any verdict); got {seeds}.")
+        settings = dataclasses.replace(settings, seeds=seeds)
+    if jobs is not None and (jobs < -1 or jobs == 0):
+        raise ArgumentError(f"jobs must be at least 1, or -1 for one a core; got {jobs}.")
+
+    directory = Path(out)
+    dataset = datasets.load(data)
+    store = Store(directory / RUNS, experiment, dataset.fingerprint)
+    runs = runner.execute(experiment, settings, dataset, store, jobs=jobs, progress=progress)
+    command = ["batchnorm", "lab", "run", name, "--profile", profile, "--data", data]
+    found = results.write(
+        directory,
+        experiment,
+        profile,
+        settings,
+        dataset,
+        runs,
+        experiment.analyse(settings, runs),
+        shlex.join([*command, "--seeds", str(settings.seeds)]),
+    )
+    write_report(directory)
+    return found
+
+
+def write_report(directory: str | Path) -> Path:
+    """Make report.html and figures/ from `directory`/results.json; return the report's path."""
+    # Plotting takes a second to import; workers and `lab list` have no use for it.
+    from batchnorm.lab import report
+
+    return report.build(Path(directory))

@@ -1,0 +1,84 @@
+"""Tune each arm by itself, then judge it at its best on seeds that the tuning never saw.
+
+To compare two arms at one learning rate is to compare how well that rate suits each; so every claim
+about training gives each arm its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from batchnorm.lab.experiments import Run, Trial
+
+SWEEP, EVALUATION = "learning-rate sweep", "evaluation"
+
+# Tuning seeds start here, out of reach of the evaluation seeds 0, 1, 2, …
+FIRST_TUNING_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmTrial(Trial):
+    """One training run of one arm at one learning rate."""
+
+    arm: str
+    rate: float
+
+
+A = TypeVar("A", bound=ArmTrial)
+
+
+def plan(
+    template: A,
+    runs: Sequence[Run[A]],
+    *,
+    arms: Sequence[str],
+    corners: Sequence[Mapping[str, Any]],
+    tuning_seeds: int,
+    seeds: int,
+    score: Callable[[Sequence[Run[A]]], Any],
+) -> list[A]:
+    """Ask for the sweep, and once that is finished for each arm's evaluation at its best corner.
+
+    Args:
+        template: A trial with every field that is the same in all of them.
+        runs: The finished runs.
+        arms: The arms, paired by seed.
+        corners: Values of the fields to tune (`rate`, and others).
+        tuning_seeds: How many seeds each corner is tried with.
+        seeds: How many seeds each arm is judged by.
+        score: Ranks the runs of a corner, least first; the earlier of equal corners wins.
+    """
+    done = {run.trial: run for run in runs}
+
+    def tuning(arm: str, corner: Mapping[str, Any]) -> list[A]:
+        first = replace(template, stage=SWEEP, arm=arm, **corner)
+        return [replace(first, seed=FIRST_TUNING_SEED + seed) for seed in range(tuning_seeds)]
+
+    # Arms take turns: they cost unequal time, and an estimate of the time left should not.
+    pairs = [(arm, corner) for corner in corners for arm in arms]
+    wanted = [trial for arm, corner in pairs for trial in tuning(arm, corner)]
+    if any(trial not in done for trial in wanted):
+        return wanted
+
+    def best(arm: str) -> Mapping[str, Any]:
+        return min(corners, key=lambda corner: score([done[t] for t in tuning(arm, corner)]))
+
+    chosen = [replace(template, stage=EVALUATION, arm=arm, **best(arm)) for arm in arms]
+    return wanted + [replace(trial, seed=seed) for seed in range(seeds) for trial in chosen]
+
+
+def select(runs: Sequence[Run[A]], **fields: Any) -> list[Run[A]]:
+    """Return the runs whose trials have these fields, in the order of the plan."""
+    return [r for r in runs if all(getattr(r.trial, k) == v for k, v in fields.items())]
+
+
+def edge(trial: ArmTrial, rates: Sequence[float]) -> str | None:
+    """Return a caveat if the trial's learning rate is the lowest or the highest tried."""
+    if min(rates) < trial.rate < max(rates):
+        return None
+    return (
+        f"The best learning rate found for the {trial.arm} network, {trial.rate:g}, is on the edge "
+        "of those tried: a better one may lie beyond."
+    )

@@ -1,0 +1,187 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm import BatchNorm
+from batchnorm.lab.data import load
+from batchnorm.lab.experiments import Run
+from batchnorm.lab.experiments import convergence as c
+from batchnorm.lab.tuning import EVALUATION, FIRST_TUNING_SEED, SWEEP
+from lab_tiny import SETTINGS
+
+
+def trial(arm, **fields):
+    given = {"stage": EVALUATION, "seed": 3, "init": c.XAVIER, "rate": 1.0, "steps": 23, "every": 5}
+    return c.ConvergenceTrial(arm=arm, batch=60, depth=3, width=100, **(given | fields))
+
+
+@pytest.mark.parametrize("init", [c.XAVIER, "0.01"])
+def test_both_arms_start_from_the_same_scaled_draws(init):
+    plain, normalized = (c.build(trial(arm, init=init), 64, 10) for arm in c.ARMS)
+    kinds = [type(layer) for layer in normalized]
+    assert kinds == [nn.Linear, BatchNorm, nn.Sigmoid] * 3 + [nn.Linear]
+    assert [type(layer) for layer in plain] == [nn.Linear, nn.Sigmoid] * 3 + [nn.Linear]
+    draws = torch.Generator().manual_seed(3)
+    linears = [
+        [layer for layer in net if isinstance(layer, nn.Linear)] for net in (plain, normalized)
+    ]
+    for index, (a, b) in enumerate(zip(*linears, strict=True)):
+        std = (2 / sum(a.weight.shape)) ** 0.5 if init == c.XAVIER else 0.01
+        expected = torch.empty_like(a.weight).normal_(generator=draws) * std
+        torch.testing.assert_close(a.weight, expected)
+        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.bias, torch.zeros_like(a.bias))
+        assert (b.bias is None) == (index < 3)
+
+
+def test_batches_are_full_and_go_through_the_rows_in_a_new_order_each_epoch():
+    rows = [tuple(b.tolist()) for b in itertools.islice(c.batches(200, trial(c.PLAIN)), 6)]
+    assert [len(b) for b in rows] == [60] * 6
+    first, second = set().union(*rows[:3]), set().union(*rows[3:])
+    assert len(first) == len(second) == 180
+    assert rows[:3] != rows[3:]
+    again = [tuple(b.tolist()) for b in itertools.islice(c.batches(200, trial(c.NORMALIZED)), 6)]
+    assert again == rows
+    other = next(c.batches(200, trial(c.PLAIN, seed=4)))
+    assert tuple(other.tolist()) != rows[0]
+
+
+@pytest.mark.parametrize("arm", c.ARMS)
+def test_run_equals_the_same_training_written_with_torchs_own_parts(arm):
+    """Every curve, against nn.BatchNorm1d, optim.SGD, backward() and a hook on the last sigmoid."""
+    data, t = load("digits"), trial(arm)
+    found = c.run(t, data).measured
+
+    net = c.build(t, 64, 10)
+    for index, layer in enumerate(net):
+        if isinstance(layer, BatchNorm):
+            net[index] = nn.BatchNorm1d(100)
+    seen = {}
+    last = [layer for layer in net if isinstance(layer, nn.Sigmoid)][-1]
+    last.register_forward_hook(lambda _, inputs, __: seen.update(z=inputs[0].detach()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=t.rate)
+    x, y = torch.from_numpy(data.x_train).flatten(1), torch.from_numpy(data.y_train)
+    x_test, y_test = torch.from_numpy(data.x_test).flatten(1), torch.from_numpy(data.y_test)
+    shares = torch.tensor([0.15, 0.5, 0.85])
+    expected: dict[str, list] = {key: [] for key in found}
+    for step, rows in zip(range(1, 24), c.batches(len(x), t), strict=False):
+        net.train()
+        optimizer.zero_grad()
+        nn.CrossEntropyLoss()(net(x[rows]), y[rows]).backward()
+        optimizer.step()
+        if step != 1 and step % 5:
+            continue
+        net.eval()
+        with torch.no_grad():
+            accuracy = (net(x_test).argmax(1) == y_test).double().mean().item()
+        expected["step"].append(step)
+        expected["accuracy"].append(accuracy)
+        expected["all_units"].append(seen["z"].flatten().quantile(shares).tolist())
+        expected["unit_0"].append(seen["z"][:, 0].quantile(shares).tolist())
+        linears = [layer for layer in net if isinstance(layer, nn.Linear)]
+        expected["gradient_norm"].append([layer.weight.grad.norm().item() for layer in linears])
+
+    assert found["step"] == expected["step"] == [1, 5, 10, 15, 20]
+    # float32 rounding, grown over 20 steps; one test image is 0.002.
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=0.0041)
+    for name in ("all_units", "unit_0", "gradient_norm"):
+        for row, wanted in zip(found[name], expected[name], strict=True):
+            assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4), name
+
+
+def test_sweep_runs_are_not_probed_and_global_randomness_is_left_alone():
+    before = torch.get_rng_state()
+    found = c.run(trial(c.PLAIN, stage=SWEEP, steps=5), load("digits"))
+    assert set(found.measured) == {"step", "accuracy"}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.timing["step_ms"] > 0
+
+
+def done(arm, rate, reaches, *, stage=EVALUATION, seed=0, init=c.XAVIER, final=0.95):
+    """Return a made-up run that gets to 0.9 at step `reaches` of 10, 20, 30; never for None."""
+    steps = [10, 20, 30]
+    accuracy = [0.9 if reaches and step >= reaches else 0.89 for step in steps[:-1]]
+    accuracy.append(final if reaches else min(final, 0.899))
+    t = trial(arm, stage=stage, seed=seed, rate=rate, init=init, steps=30, every=10)
+    return Run(t, {"step": steps, "accuracy": accuracy}, {"step_ms": 1.0})
+
+
+@pytest.mark.parametrize("reaches", [10, 20, 30, None])
+def test_steps_to_the_threshold_counts_the_first_arrival(reaches):
+    run = done(c.PLAIN, 1.0, reaches, final=0.95 if reaches else 0.5)
+    assert c.steps_to(0.9, run) == reaches
+
+
+MADE_UP = dataclasses.replace(SETTINGS, rates=(0.1, 1.0, 10.0), steps=30, every=10, tuning_seeds=2)
+
+
+def swept(table):
+    """Finish the sweep with `table[arm][rate] = (steps of seed 0, steps of seed 1)`."""
+    plan = c.plan(MADE_UP, [])
+    return [
+        done(
+            t.arm,
+            t.rate,
+            table[t.arm][t.rate][t.seed - FIRST_TUNING_SEED],
+            stage=SWEEP,
+            seed=t.seed,
+            final=0.99 if t.rate == 10 else 0.95,
+        )
+        for t in plan
+    ]
+
+
+def test_plan_tunes_each_arm_then_evaluates_it_on_other_seeds():
+    table = {
+        # Mean 20 at rate 1; at 0.1 a censored run counts as 30, and 10 with it makes 20 as well,
+        # but rate 10 has the better final accuracy of those that tie.
+        c.PLAIN: {0.1: (10, None), 1.0: (20, 20), 10.0: (10, 30)},
+        c.NORMALIZED: {0.1: (30, 30), 1.0: (10, 10), 10.0: (10, 20)},
+    }
+    sweep = c.plan(MADE_UP, [])
+    assert len(sweep) == 2 * 3 * 2
+    assert {t.stage for t in sweep} == {SWEEP}
+    assert c.plan(MADE_UP, swept(table)[:-1]) == sweep
+    full = c.plan(MADE_UP, swept(table))
+    assert full[: len(sweep)] == sweep
+    evaluation = [(t.arm, t.rate, t.seed) for t in full[len(sweep) :]]
+    assert sorted(evaluation) == [
+        (c.NORMALIZED, 1.0, 0),
+        (c.NORMALIZED, 1.0, 1),
+        (c.PLAIN, 10.0, 0),
+        (c.PLAIN, 10.0, 1),
+    ]
+    assert not {t.seed for t in sweep} & {t.seed for t in full[len(sweep) :]}
+
+
+def test_analysis_speaks_in_the_runs_own_numbers():
+    runs = [
+        *(done(c.PLAIN, 10.0, reaches, seed=s) for s, reaches in enumerate([30, None])),
+        *(done(c.NORMALIZED, 1.0, reaches, seed=s) for s, reaches in enumerate([10, 20])),
+    ]
+    found = c.analyse(MADE_UP, runs)
+    assert found.verdict.differences == (20, 10)
+    assert found.verdict.outcome == "reproduced"
+    assert found.table.rows[0] == (
+        "plain", "10", "Xavier", "30 (30–>30)", "1 of 2", "92.5%", "1.00"
+    )  # fmt: skip
+    assert found.table.rows[1][3:5] == ("15 (10–20)", "2 of 2")
+    assert "plain network took 30 steps, the one with BatchNorm 15 steps" in found.summary
+    edge, censored = found.caveats
+    assert "plain network, 10, is on the edge" in edge
+    assert "1 of 2 runs of the plain network never got to 90%; they count as 30 steps" in censored
+
+
+def test_a_plain_network_that_is_faster_contradicts_the_claim():
+    runs = [
+        *(done(c.PLAIN, 1.0, 10, seed=s) for s in range(2)),
+        *(done(c.NORMALIZED, 1.0, None, seed=s, final=0.5) for s in range(2)),
+    ]
+    found = c.analyse(MADE_UP, runs)
+    assert found.verdict.outcome == "contradicted"
+    assert "BatchNorm more than 30 steps" in found.summary
+    assert found.table.rows[1][3] == ">30 (all)"
+    assert [line for line in found.caveats if "edge" in line] == []

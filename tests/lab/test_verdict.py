@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+
+from batchnorm.errors import ArgumentError
+from batchnorm.lab import verdict
+from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, judge
+
+
+def outcome(differences):
+    return judge(differences, [0.0] * len(differences), unit="steps").outcome
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([5, 6, 7, 5, 6, 7, 5, 6], REPRODUCED),
+        ([5, 6, 7, 5, 6, 7, 5, -1], REPRODUCED),  # 7 of 8 are enough
+        ([5, 6, 7, 5, 6, 7, -1, -1], UNRESOLVED),  # 6 of 8 are not, though the mean is far
+        ([5, 6, 7, 5, 6, 7, 5, 0], REPRODUCED),  # a tie counts for neither side
+        ([5, 6, 7, 5, 6, 7, 0, 0], UNRESOLVED),
+        ([1, 1, 1, 1, 1, 1, 1, 100], UNRESOLVED),  # 8 of 8, but the mean is 1.08 errors away
+        ([4, 4, 4], REPRODUCED),  # zero variance
+        ([-4, -4, -4], CONTRADICTED),
+        ([0, 0, 0], UNRESOLVED),
+        ([9], UNRESOLVED),
+        ([], UNRESOLVED),
+        ([1, 3.1], UNRESOLVED),  # mean 2.05, standard error 1.05: 1.95 of them
+        ([1, 2.9], REPRODUCED),  # mean 1.95, standard error 0.95: 2.05 of them
+        ([1, 3], UNRESOLVED),  # exactly 2 standard errors is not more than 2
+    ],
+)
+def test_rule_and_its_mirror_image(differences, expected):
+    mirror = {REPRODUCED: CONTRADICTED, CONTRADICTED: REPRODUCED, UNRESOLVED: UNRESOLVED}
+    assert outcome(differences) == expected
+    assert outcome([-d for d in differences]) == mirror[expected]
+
+
+def test_numbers_and_their_sentence():
+    found = judge([100, 120, 140], [50, 60, 100], unit="steps")
+    # Differences 50, 60, 40: mean 50, deviation 10, error 10/sqrt(3).
+    assert found.differences == (50, 60, 40)
+    assert found.mean == 50
+    assert found.standard_error == pytest.approx(10 / math.sqrt(3))
+    assert (found.right, found.wrong, found.tied, found.needed, found.pairs) == (3, 0, 0, 3, 3)
+    assert "3 of 3 paired seeds" in found.sentence
+    assert "+50 steps with a standard error of 5.8: 8.7 standard errors" in found.sentence
+
+
+def test_higher_can_be_better():
+    assert judge([0.1, 0.2], [0.8, 0.9], unit="", higher_is_better=True).mean == pytest.approx(0.7)
+    assert judge([0.1, 0.2], [0.8, 0.9], unit="").outcome == CONTRADICTED
+
+
+def test_censored_runs_count_as_the_horizon():
+    found = judge([None, 300, None], [100, None, None], unit="steps", horizon=500)
+    assert found.differences == (400, -200, 0)
+    assert (found.right, found.wrong, found.tied) == (1, 1, 1)
+    assert (found.censored_control, found.censored_treated) == (2, 2)
+    with pytest.raises(ArgumentError, match="horizon"):
+        judge([None, 3], [1, 2], unit="steps")
+
+
+@pytest.mark.parametrize("control", [[1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_values_that_cannot_be_paired_or_compared(control):
+    with pytest.raises(ArgumentError):
+        judge(control, [1.0, 2.0], unit="steps")
+
+
+def test_false_rate_of_two_seeds_is_known_in_closed_form():
+    # For two normal draws mean/error is Cauchy, and above 2 both are positive.
+    assert verdict.false_rate(2) == pytest.approx(0.5 - math.atan(2) / math.pi, abs=0.002)
+
+
+def test_a_null_effect_is_unresolved_at_the_rate_that_theory_gives():
+    """Derive the rate for 8 seeds another way: enumerate signs, as Student's t for each pattern.
+
+    The signs of null differences are fair coins, independent of their sizes. At most one of the
+    eight may be negative, so the rate is the chance of t > 2 in those 9 of 256 patterns.
+    """
+    sizes = np.abs(np.random.default_rng(1).standard_normal((200_000, 8)))
+    rate = 0.0
+    for flipped in [None, *range(8)]:
+        signs = np.ones(8)
+        if flipped is not None:
+            signs[flipped] = -1
+        values = sizes * signs
+        t = values.mean(1) / (values.std(1, ddof=1) / math.sqrt(8))
+        rate += (t > 2).mean() / 256
+    assert verdict.false_rate(8) == pytest.approx(rate, abs=0.001)
+    assert rate < 9 / 256
+
+    draws = np.random.default_rng(2).standard_normal((4000, 8))
+    counts = [outcome(list(row)) for row in draws]
+    for side in (REPRODUCED, CONTRADICTED):
+        # Four standard errors of a binomial share of 4000.
+        slack = 4 * math.sqrt(rate * (1 - rate) / len(draws))
+        assert counts.count(side) / len(draws) == pytest.approx(rate, abs=slack)
+
+
+def test_would_change_names_the_margins():
+    first, second, third = judge([10] * 7 + [-1], [0] * 8, unit="steps").would_change()
+    assert "at most 1 may disagree or tie; here 1 did" in first
+    assert "±2.75 steps" in second  # 2 × 11 × sqrt(1/8 × 7/8 × 8/7) / sqrt(8)
+    assert f"{verdict.false_rate(8):.1%}" in third

@@ -1,0 +1,119 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lab_tiny
+from batchnorm import __version__
+
+TESTS = Path(__file__).parent
+ENTRY = "import sys; sys.argv[0] = 'batchnorm'; from batchnorm.cli import main; main()"
+
+
+def start(*arguments, code=ENTRY, **environment):
+    """Start the command in a process of its own, its output in pipes, 80 columns wide."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "80", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_version_and_list():
+    version, listing = start("--version"), start("lab", "list")
+    assert finish(version) == (0, f"batchnorm {__version__}\n", "")
+    code, out, err = finish(listing)
+    assert (code, err) == (0, "")
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "\x1b" not in out
+    words = " ".join(out.split())
+    for word in ("convergence", "fewer steps", "Ioffe & Szegedy 2015", "arXiv:1502.03167"):
+        assert word in words
+
+
+WRONG = {
+    ("lab", "run", "nope"): "Expected one of: convergence",
+    ("lab", "run", "--profile", "nope"): "Expected one of: quick, full",
+    ("lab", "run", "--data", "nope.npz"): "there is no such file",
+    ("lab", "run", "--seeds", "0"): "--seeds",
+    ("lab", "report", "nope"): "same run command again",
+}
+
+
+@pytest.mark.slow
+def test_wrong_input_is_one_message_and_exit_code_2(tmp_path):
+    for arguments, message in WRONG.items():
+        code, out, err = finish(start(*arguments, "--out", str(tmp_path / "out"))
+                                if "run" in arguments else start(*arguments))  # fmt: skip
+        assert code == 2, arguments
+        assert out == ""
+        assert message in err
+        assert "Traceback" not in err
+        assert len(err.splitlines()) <= 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_a_pipe_is_plain_text_with_the_verdict_and_the_report(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["lab", "run", "--profile", "tiny", "--jobs", "2", "--out", str(out)]
+    # An ASCII terminal cannot show everything that is printed; the run must not die of it.
+    process = start(*arguments, code=lab_tiny.COMMAND, PYTHONIOENCODING="ascii")
+    code, printed, err = finish(process)
+    assert code == 0, err
+    assert "\x1b" not in printed + err
+    assert err.startswith("learning-rate sweep: 6 runs\n")
+    assert "evaluation: 4/4" in err
+    *text, last = printed.splitlines()
+    assert last == f"Report: {out / 'report.html'}"
+    assert (out / "report.html").is_file()
+    assert max(len(line) for line in text) <= 80
+    words = " ".join(printed.split())
+    assert "REPRODUCED" in words or "UNRESOLVED" in words
+    assert "2 of 2 paired seeds" in words
+    (header,) = [line for line in text if "steps to 90%" in line]
+    cells = re.split(r"[|\s]{2,}", header.strip("| "))
+    columns = ["network", "rate", "init", "steps to 90%", "got there", "accuracy", "ms/step"]
+    assert cells == columns
+
+
+def test_help_explains_every_option():
+    code, out, _ = finish(start("lab", "run", "--help"))
+    assert code == 0
+    for word in ("NAME", "--out", "--seeds", "--profile", "--data", "--jobs", "Ctrl-C", ".npz"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "remedy"),
+    [
+        ("typer", ("--version",), "pip install 'batchnorm[cli]'"),
+        ("rich", ("--version",), "pip install 'batchnorm[cli]'"),
+        ("sklearn", ("lab", "list"), "pip install 'batchnorm[lab]'"),
+    ],
+)
+def test_a_missing_extra_is_named_with_the_remedy(module, arguments, remedy):
+    # None in sys.modules makes an import fail just as for a package that is not installed.
+    code, out, err = finish(
+        start(*arguments, code=f"import sys; sys.modules[{module!r}] = None\n" + ENTRY)
+    )
+    assert (code, out) == (2, "")
+    assert remedy in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
+
+
+def test_importing_batchnorm_imports_no_extra():
+    extras = ("typer", "rich", "joblib", "matplotlib", "sklearn", "jinja2")
+    code = f"import sys, batchnorm; print([m for m in {extras} if m in sys.modules])"
+    assert finish(start(code=code)) == (0, "[]\n", "")
