@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 class DualBatchNormFunction(BatchNormFunction):
-    """The same with forward-mode differentiation."""
+    """The same with forward-mode differentiation, which Dynamo refuses to trace."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -111,6 +112,36 @@ class DualBatchNormFunction(BatchNormFunction):
             channel_dim=ctx.channel_dim,
         )
         return y_dot, None, None, None, None
+
+
+class EagerBatchNormFunction(torch.autograd.Function):
+    """The same where no torch.func transform is running.
+
+    Those need a separate `setup_context`, for which torch binds the arguments by `inspect` at each
+    call: measured 60 µs of a forward pass of 140 µs on (60, 100).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+        output = BatchNormFunction.forward(*inputs)
+        DualBatchNormFunction.setup_context(ctx, inputs, output)
+        return output
+
+    backward = BatchNormFunction.backward
+    jvp = DualBatchNormFunction.jvp
+
+
+def function() -> Callable[..., Any]:
+    """The form of the operation that what is running can take."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # A trace keeps a Function as a call into Python; so it gets the operations inside.
+        return BatchNormFunction.forward
+    if torch.compiler.is_compiling():
+        return BatchNormFunction.apply
+    # No public name exists for this question; torch's own Function.apply asks it so.
+    if torch._C._are_functorch_transforms_active():
+        return DualBatchNormFunction.apply
+    return EagerBatchNormFunction.apply
 
 
 def _reference_statistics(

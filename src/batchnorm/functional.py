@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.autograd import BatchNormFunction, DualBatchNormFunction
+from batchnorm.autograd import function
 from batchnorm.errors import InputError, NonFiniteWarning
 from batchnorm.kernels import select
 from batchnorm.moments import Moments
@@ -268,14 +268,9 @@ def normalize(
         check_count(values, x, mask, channel_dim)
     fused = activation if isinstance(activation, str) else None
     given = (None, None) if training else (running_mean, running_var)
-    # Dynamo refuses a Function that defines jvp, so forward mode under compilation goes without;
-    # torch.jit.trace would keep a call into Python, so it gets the operations inside.
-    apply = (
-        BatchNormFunction.apply if torch.compiler.is_compiling() else DualBatchNormFunction.apply
+    y, count, mean, var, _ = function()(
+        x, weight, bias, residual, mask, *given, eps, fused, channel_dim
     )
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        apply = BatchNormFunction.forward
-    y, count, mean, var, _ = apply(x, weight, bias, residual, mask, *given, eps, fused, channel_dim)
     if callable(activation):
         y = activation(y)
     if count is None or values == 0:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.validation import Activation, check_options
 
 #: The outline's names for torch's parameters.
@@ -207,7 +207,8 @@ class BatchNorm(_BatchNorm):
         if self.momentum is not None:
             momentum = self.momentum
         elif count is not None:
-            momentum = 1.0 / (count + 1)
+            # Not 1.0 / count: of a whole number that is float32, and 1e-8 off.
+            momentum = (count + 1).to(accumulation_dtype(count.device)).reciprocal()
         y, moments = functional.normalize(
             x,
             mean,
@@ -260,6 +261,8 @@ class BatchNorm(_BatchNorm):
             if prefix + alias in state_dict and prefix + name not in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + alias)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # With assign=True a checkpoint in half precision brings its own buffers.
+        self._widen_statistics()
 
     def _location(self) -> str:
         """This layer as the user knows it: its name in the outermost module that is running."""
