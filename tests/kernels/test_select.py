@@ -38,6 +38,7 @@ def test_concrete():
     assert select.concrete(torch.randn(3))
     assert select.concrete(torch.nn.Parameter(torch.randn(3)))
     assert not select.concrete(torch.empty(3, device="meta"))
+    assert not select.eager(torch.empty(3, device="meta"))
     seen = []
     torch.func.vmap(lambda t: seen.append(select.concrete(t)) or t)(torch.randn(2, 3))
     torch.func.grad(lambda t: (seen.append(select.concrete(t)), t.sum())[1])(torch.randn(3))

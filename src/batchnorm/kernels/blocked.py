@@ -23,12 +23,21 @@ from batchnorm.moments import Moments, expand_mask, reduced_axes
 #: at all: 66 and 56.
 BLOCK = 1 << 17
 
+#: Elsewhere blocks only bound the memory of the temporaries, to 128 MB each in float64; smaller
+#: ones would leave the device waiting for launches.
+DEVICE_BLOCK = 1 << 24
+
+
+def block_size(x: Tensor) -> int:
+    """How many elements of `x` to work on at a time."""
+    return BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
+
 
 def pieces(x: Tensor, channel_dim: int) -> tuple[int, int]:
     """Along which axis to cut, and how many of its entries make a block."""
     axes = reduced_axes(x, channel_dim)
     axis = next((axis for axis in axes if x.shape[axis] > 1), axes[0])
-    return axis, max(1, BLOCK * x.shape[axis] // x.numel())
+    return axis, max(1, block_size(x) * x.shape[axis] // x.numel())
 
 
 def cut(x: Tensor, channel_dim: int, *others: Tensor | None) -> Iterator[tuple[Tensor, list[Any]]]:

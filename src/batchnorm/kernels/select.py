@@ -69,18 +69,25 @@ def backends() -> tuple[Backend, ...]:
     )
 
 
-def concrete(tensor: Tensor) -> bool:
-    """Whether the tensor's values can be read here, now, without waiting for a device.
+def eager(tensor: Tensor) -> bool:
+    """Whether operations on this tensor are done as they are called, on real memory.
 
-    They cannot while a program is recorded, in torch.func's transforms, on meta and fake
-    tensors; on an accelerator, reading stalls the program until the device has caught up.
+    They are not while a program is recorded, in torch.func's transforms, on meta and fake tensors.
     """
     return (
         not recorded()
-        and tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type != "meta"
         and not transformed(tensor)
     )
+
+
+def concrete(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be read here and now.
+
+    On an accelerator they cannot: reading stalls the program until the device has caught up.
+    """
+    return tensor.device.type == "cpu" and eager(tensor)
 
 
 def recorded() -> bool:
@@ -94,8 +101,8 @@ def blocks(x: Tensor) -> bool:
     Not where the operations themselves are recorded: under a transform, compilation, or in a
     backward pass that will be differentiated again.
     """
-    # Concrete first: a symbolic size must not be compared, or a graph would be bound to it.
-    return concrete(x) and x.numel() > blocked.BLOCK and not torch.is_grad_enabled()
+    # eager() first: a symbolic size must not be compared, or a graph would be bound to it.
+    return eager(x) and x.numel() > blocked.block_size(x) and not torch.is_grad_enabled()
 
 
 def transformed(tensor: Tensor) -> bool:
