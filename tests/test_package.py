@@ -1,9 +1,12 @@
 """The package as a whole: its public names, what importing it needs, what it ships."""
 
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import batchnorm
 
@@ -28,6 +31,24 @@ def test_public_names():
     assert names - modules - {"lab", "cli"} == PUBLIC
     for name in PUBLIC:
         assert getattr(batchnorm, name).__doc__
+
+
+def test_signatures_are_torchs_and_the_rest_is_by_name():
+    def parameters(function):
+        every = inspect.signature(function).parameters.values()
+        by_name = [p.name for p in every if p.kind is p.KEYWORD_ONLY]
+        return [p.name for p in every if p.name not in by_name], by_name
+
+    positional, _ = parameters(torch.nn.functional.batch_norm)
+    for function in (batchnorm.batch_norm, batchnorm.batch_norm_pure):
+        ours, by_name = parameters(function)
+        assert ours == ["x", *positional[1:]]
+        assert by_name == ["mask", "residual", "channel_dim", "activation"]
+    positional, _ = parameters(torch.nn.BatchNorm2d)
+    ours, by_name = parameters(batchnorm.BatchNorm)
+    assert ours == positional
+    assert by_name == ["features", "bias", "channel_dim", "activation"]
+    assert parameters(batchnorm.BatchNorm.forward)[0] == ["self", "x", "mask", "residual"]
 
 
 def test_one_base_class():

@@ -205,14 +205,12 @@ def updated(
     of its own.
     """
     wide = moments.mean.dtype
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(wide)
     mean = running_mean.to(wide).lerp(moments.mean, momentum)
     var = running_var.to(wide).lerp(moments.variance(correction=1), momentum)
     mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
     # The usual case, at half the cost. A sum is finite only if all its terms are.
     if select.concrete(mean) and math.isfinite((mean + var).sum().item()):
-        return Update(mean, var, None)
+        return Update(mean, var, None)  # mutant: only slower without
     sound = mean.isfinite() & var.isfinite()
     return Update(
         torch.where(sound, mean, running_mean), torch.where(sound, var, running_var), ~sound
