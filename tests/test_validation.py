@@ -28,6 +28,8 @@ def long(*shape):
         ({"features": "10"}, "positive number of channels, got '10'"),
         ({"features": 3, "eps": 0}, "eps > 0, got 0: .*divided by 0; the usual value is 1e-5"),
         ({"features": 3, "eps": -1e-5}, "eps > 0, got -1e-05"),
+        ({"features": 3, "eps": "1e-5"}, "eps > 0, got '1e-5'"),
+        ({"features": 3, "momentum": "0.1"}, r"momentum in \[0, 1\].*got '0.1'"),
         ({"features": 3, "eps": float("nan")}, "eps > 0, got nan"),
         ({"features": 3, "momentum": -0.1}, r"momentum in \[0, 1\]"),
         ({"features": 3, "momentum": 1.1}, r"momentum in \[0, 1\].*Keras"),
@@ -56,8 +58,14 @@ def test_edges_of_what_is_allowed(edge):
 
 
 CALLS = [
-    ((torch.randn(4, 2, 5),), r"3 channels|2 channels.*shape \(3,\)"),
-    ((torch.randn(4, 5, 3),), "channel_dim if the channels are on another axis"),
+    (
+        (torch.randn(4, 2, 5),),
+        r"3 channels \(the length of running_mean\) on axis 1 of x, got 2: .*\(4, 2, 5\)$",
+    ),
+    (
+        (torch.randn(4, 5, 3),),
+        r"expected 3 channels .*on axis 1.*got 5.*; axis 2 has 3: channel_dim=2\?",
+    ),
     ((torch.tensor(1.0),), r"rank 2 or more.*got shape \(\)"),
     ((torch.randn(3),), r"rank 2 or more.*got shape \(3,\).*unsqueeze"),
     ((long(4, 3, 5),), "floating dtype, got torch.int64"),
@@ -66,7 +74,13 @@ CALLS = [
     ((torch.randn(1, 3, 1, 1),), "more than 1 value per channel"),
     ((x, torch.ones(4, 3)), r"broadcasts to \(4, 5\).*got \(4, 3\)"),
     ((x, torch.ones(4, 3, 5)), r"broadcasts to \(4, 5\)"),
-    ((x, torch.ones(4, 1, 5)), r"broadcasts to \(4, 5\)"),
+    ((x, torch.ones(4, 1, 5)), r"broadcasts to \(4, 5\).*drop the channel axis: mask.squeeze"),
+    ((x, [[True] * 5] * 4), "mask to be a tensor, got list; torch.as_tensor"),
+    ((x.numpy(),), "x to be a tensor, got ndarray"),
+    ((x, None, 1.0), "residual to be a tensor, got float"),
+    ((x.to_sparse(),), "dense tensor, got torch.sparse_coo; pad it"),
+    ((x, torch.full((4, 5), 1.00001 / 20)), "at least 2 .*total weight of 1.*normalised"),
+    ((x, torch.full((4, 5), 1.9 / 20)), "at least 2 .*total weight of 1.9"),
     ((x, torch.ones(4, 5, dtype=torch.complex64)), "booleans or real weights"),
     ((x, torch.full((4, 5), -0.5)), "not negative.*-0.5"),
     ((x, torch.full((4, 5), torch.nan)), "finite"),
@@ -114,10 +128,16 @@ def test_a_layer_outside_a_model_says_its_class():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"running_mean": torch.zeros(2)}, r"running_mean.*\(2,\)"),
+        (
+            {"running_mean": torch.zeros(2)},
+            "2 channels .the length of running_mean. on axis 1 of x, got 3",
+        ),
         ({"running_var": torch.zeros(3, 1)}, r"running_var.*\(3, 1\)"),
-        ({"weight": torch.ones(4)}, r"weight.*\(4,\)"),
-        ({"bias": torch.ones(1)}, r"bias.*\(1,\)"),
+        (
+            {"weight": torch.ones(4)},
+            "4 channels .the length of weight. .* axis 0 has 4: channel_dim=0",
+        ),
+        ({"bias": torch.ones(1)}, "1 channels .the length of bias."),
         ({"running_mean": None}, "both, or neither"),
         ({"running_mean": None, "running_var": None, "training": False}, "nothing to normalise"),
         ({"channel_dim": 3}, "channel axis 3"),
@@ -157,3 +177,20 @@ def test_without_running_statistics_evaluation_needs_a_batch_too():
     bn = BatchNorm(3, track_running_stats=False).eval()
     with pytest.raises(InputError, match="more than 1 value per channel"):
         bn(torch.randn(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_in_words():
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
+        with pytest.raises(InputError, match="a nested one; pad it and pass a mask, or pack it"):
+            BatchNorm(3)(nested)
+
+
+@pytest.mark.filterwarnings("ignore:Function should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_layers_say_it_too(fullgraph):
+    torch._dynamo.reset()
+    compiled = torch.compile(BatchNorm(3), fullgraph=fullgraph, backend="aot_eager")
+    with pytest.raises(Exception, match="more than 1 value per channel"):
+        compiled(torch.randn(1, 3))

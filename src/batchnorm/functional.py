@@ -18,7 +18,7 @@ from batchnorm.autograd import function
 from batchnorm.errors import InputError, NonFiniteWarning
 from batchnorm.kernels import select
 from batchnorm.moments import Moments
-from batchnorm.validation import Activation, check_count, check_options, check_tensors
+from batchnorm.validation import MIN_COUNT, Activation, check_count, check_options, check_tensors
 
 
 class BatchNormOutput(NamedTuple):
@@ -83,13 +83,15 @@ def batch_norm(
 
     Returns:
         y, the shape of x, its dtype (promoted with the residual's), its memory format. Statistics
-        are accumulated in float64 whatever the dtype of x.
+        are accumulated in float64, or by kernels that are as good for this call
+        (`batchnorm.backends()`); running statistics keep their own dtype.
 
     Raises:
         ArgumentError: an option is impossible.
-        InputError: the tensors do not fit, or in training a channel has no more than one value.
-            Nothing has been changed. (What the values of a mask decide is checked on the CPU only:
-            elsewhere, and under compilation, a check would stall the device.)
+        InputError: the tensors do not fit, or in training a channel has fewer than two values, or
+            a mask that counts for less. Nothing has been changed. (What the values of a mask
+            decide is checked on the CPU only: elsewhere, and under compilation, a check would
+            stall the device.)
 
     Warns:
         NonFiniteWarning: a channel's batch statistics are not finite. Its running statistics are
@@ -211,7 +213,8 @@ def updated(
     # The usual case, at half the cost. A sum is finite only if all its terms are.
     if select.concrete(mean) and math.isfinite((mean + var).sum().item()):
         return Update(mean, var, None)  # mutant: only slower without
-    sound = mean.isfinite() & var.isfinite()
+    # Too small a count has been refused where that could be seen: not under compilation.
+    sound = mean.isfinite() & var.isfinite() & (moments.count >= MIN_COUNT)
     return Update(
         torch.where(sound, mean, running_mean), torch.where(sound, var, running_var), ~sound
     )

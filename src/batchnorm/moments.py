@@ -56,6 +56,11 @@ def expand_mask(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
         raise InputError(
             f"expected a mask that broadcasts to {tuple(wanted)}, the shape of x "
             f"{tuple(x.shape)} without its channel axis {channel_dim}; got {tuple(mask.shape)}"
+            + (
+                f"; drop the channel axis: mask.squeeze({channel_dim})"
+                if mask.dim() == x.dim() and mask.shape[channel_dim] == 1
+                else ""
+            )
         )
     return mask.expand(wanted).unsqueeze(channel_dim % x.dim())
 
@@ -135,7 +140,7 @@ class Moments:
         return cls(count, mean, m2)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of elements together (Chan, Golub & LeVeque 1979)."""
+        """Moments of both sets of elements together (Chan, Golub & LeVeque 1983)."""
         return Moments.merge_all([self, other])
 
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -18,15 +19,23 @@ from batchnorm.moments import expand_mask
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
+#: Least total weight behind batch statistics. Whole elements need more than 1; with fractional
+#: weights, a total just above 1 (normalised ones, rounded) would divide by its tiny excess.
+MIN_COUNT = 2
+
 
 def check_options(eps: float, momentum: float | Tensor | None, activation: Activation) -> None:
     """Refuse options that are impossible for any data."""
-    if not eps > 0:
+    if not isinstance(eps, Real) or not eps > 0:
         raise ArgumentError(
             f"expected eps > 0, got {eps!r}: a constant channel has variance 0 and would be "
             "divided by 0; the usual value is 1e-5"
         )
-    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+    if not (
+        momentum is None
+        or isinstance(momentum, Tensor)
+        or (isinstance(momentum, Real) and 0 <= momentum <= 1)
+    ):
         raise ArgumentError(
             f"expected momentum in [0, 1], the weight of the newest batch, got {momentum!r}; "
             "a Keras or Flax momentum m is 1 - m here"
@@ -50,6 +59,7 @@ def check_tensors(
     channel_dim: int,
 ) -> int:
     """Refuse tensors that do not fit each other; the number of values per channel."""
+    check_kinds(x, mask, residual)
     shape = tuple(x.shape)
     if x.dim() < 2:
         raise InputError(
@@ -63,18 +73,14 @@ def check_tensors(
             f"expected x of a floating dtype, got {x.dtype}; convert it first, e.g. x.float()"
         )
     channels = x.shape[channel_dim]
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is not None and tuple(vector.shape) != (channels,):
-            raise InputError(
-                f"expected {channels} channels' worth of {name}, shape ({channels},), for x of "
-                f"shape {shape} with channel_dim={channel_dim}; got shape {tuple(vector.shape)}. "
-                "Check the number of features, and channel_dim if the channels are on another axis"
-            )
+    check_vectors(
+        x,
+        channel_dim,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
     if (running_mean is None) != (running_var is None):
         raise InputError("expected running_mean and running_var both, or neither; got one of them")
     if not training and running_mean is None:
@@ -99,13 +105,48 @@ def check_tensors(
     return math.prod(x.shape) // channels if channels else 0
 
 
+def check_kinds(x: Tensor, mask: Tensor | None, residual: Tensor | None) -> None:
+    """Refuse what is no dense tensor."""
+    for name, tensor in (("x", x), ("mask", mask), ("residual", residual)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise InputError(
+                f"expected {name} to be a tensor, got {type(tensor).__name__}; "
+                "torch.as_tensor converts numbers, lists and arrays"
+            )
+    if x.is_nested or x.layout is not torch.strided:
+        raise InputError(
+            f"expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}; pad it "
+            "and pass a mask, or pack it with torch.nn.utils.rnn.pack_sequence"
+        )
+
+
+def check_vectors(x: Tensor, channel_dim: int, **vectors: Tensor | None) -> None:
+    """Refuse vectors that do not have one value for each channel of x."""
+    shape, channels = tuple(x.shape), x.shape[channel_dim]
+    for name, vector in vectors.items():
+        if vector is None or tuple(vector.shape) == (channels,):
+            continue
+        if vector.dim() != 1:
+            raise InputError(
+                f"expected {name} of shape ({channels},), one value per channel, got "
+                f"{tuple(vector.shape)}"
+            )
+        axes = [axis for axis, size in enumerate(shape) if size == len(vector)]
+        hint = f"; axis {axes[0]} has {len(vector)}: channel_dim={axes[0]}?" if axes else ""
+        raise InputError(
+            f"expected {len(vector)} channels (the length of {name}) on axis {channel_dim} of x, "
+            f"got {channels}: x has shape {shape}{hint}"
+        )
+
+
 def check_count(values: int, x: Tensor, mask: Tensor | None, channel_dim: int) -> None:
-    """Refuse a batch whose channels have one value, or none because of the mask."""
+    """Refuse a batch whose channels have one value, or hardly any because of the mask."""
     if values == 1:
         raise InputError(
-            "expected more than 1 value per channel in training, got x of shape "
-            f"{tuple(x.shape)}: the variance of one value is 0 and says nothing. Use a larger "
-            "batch, DataLoader(drop_last=True), or eval() to normalise by the running statistics"
+            "expected more than 1 value per channel to normalise by the batch's statistics, got x "
+            f"of shape {tuple(x.shape)}: the variance of one value is 0 and says nothing. Use a "
+            "larger batch (DataLoader(drop_last=True) drops a short last one); or, with running "
+            "statistics, eval()"
         )
     if mask is None or values == 0 or not select.concrete(mask):
         return
@@ -116,9 +157,9 @@ def check_count(values: int, x: Tensor, mask: Tensor | None, channel_dim: int) -
             f"{mask.min().item()} to {mask.max().item()}"
         )
     count = weights.sum(dtype=torch.float64).item()
-    if not count > 1:
+    if count < MIN_COUNT:
         raise InputError(
-            f"expected the mask to count more than 1 element per channel in training, got a total "
+            f"expected the mask to count at least {MIN_COUNT} elements per channel, got a total "
             f"weight of {count:g}"
             + (
                 ". A mask is True where an element counts: is this one the other way round?"

@@ -35,7 +35,9 @@ class BatchNorm(_BatchNorm):
 
     It is a `torch.nn.modules.batchnorm._BatchNorm`, with torch's positional arguments, parameter
     and buffer names: it replaces `torch.nn.BatchNorm1d/2d/3d` in place, and `state_dict`s load both
-    ways with `strict=True`. Where it differs from torch:
+    ways with `strict=True`. (torch's own converters, `convert_sync_batchnorm` and
+    `fuse_conv_bn_eval`, see a plain batch norm: they lose `activation` and `channel_dim`.) Where it
+    differs from torch:
 
     - `running_mean` and `running_var` stay float32 under `.half()` and `.bfloat16()`: in bfloat16 a
       running mean of 100 stalls at 96.
@@ -56,7 +58,7 @@ class BatchNorm(_BatchNorm):
         track_running_stats: keep running statistics; without, evaluation uses the batch's too.
         device: of the parameters and buffers.
         dtype: of the parameters; buffers are float32 at least.
-        features: the outline's name for `num_features`; give exactly one of the two.
+        features: another name for `num_features`; give exactly one of the two.
         bias: have β (with `affine`).
         channel_dim: the axis of the channels; -1 for channels-last data. Nothing is copied.
         activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function or module,
@@ -266,6 +268,9 @@ class BatchNorm(_BatchNorm):
 
     def _location(self) -> str:
         """This layer as the user knows it: its name in the outermost module that is running."""
+        kind = f"{type(self).__name__}({self.num_features})"
+        if torch.compiler.is_compiling():
+            return kind  # Dynamo cannot look at frames, and shows by itself where the call was.
         name = None
         frame = inspect.currentframe()
         while frame is not None:
@@ -274,7 +279,6 @@ class BatchNorm(_BatchNorm):
                 names = (n for n, module in owner.named_modules() if module is self)
                 name = next(names, name)
             frame = frame.f_back
-        kind = f"{type(self).__name__}({self.num_features})"
         return kind if name is None else f"layer {name!r}, {kind}"
 
     def extra_repr(self) -> str:
