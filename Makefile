@@ -38,6 +38,7 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
 
 $(VENV)/bin/python:
+	@echo "Creating $(VENV) and installing torch and the rest: a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/lab.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
