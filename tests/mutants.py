@@ -31,6 +31,7 @@ TESTS = {
     "moments.py": ["test_moments.py", "test_validation.py"],
     "kernels/reference.py": ["kernels/test_reference.py", "test_numerics.py", "test_autograd.py"],
     "kernels/aten.py": ["kernels/test_aten.py", "layers/test_compile.py", "test_numerics.py"],
+    "kernels/blocked.py": ["kernels/test_blocked.py"],
     "kernels/select.py": [
         "kernels/test_select.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
         "layers/test_compile.py",

@@ -99,3 +99,29 @@ def test_gradients_have_the_dtypes_of_their_tensors():
     y = batch_norm(x, None, None, weight, training=True, residual=residual)
     grads = torch.autograd.grad(y, (x, weight, residual), torch.randn_like(y))
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("mask_kind", ["bool", "weights"])
+def test_nan_in_what_is_left_out_reaches_no_derivative(mask_kind):
+    """First and second order and forward mode: as with clean padding, at the elements that count."""
+    torch.manual_seed(5)
+    counts = torch.rand(6, 3) > 0.4
+    mask = counts if mask_kind == "bool" else counts * torch.rand(6, 3).double() * 3
+    clean, weight, bias = torch.randn(6, 2, 3).double(), *torch.randn(2, 2).double()
+    where = counts[:, None].expand_as(clean)
+    dy, direction, ddx = (torch.where(where, torch.randn(6, 2, 3).double(), 0.0) for _ in range(3))
+
+    def derivatives(x):
+        def call(x, weight):
+            return batch_norm(x, None, None, weight, bias, True, mask=mask)
+
+        x, gamma = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        dx, dgamma = torch.autograd.grad(call(x, gamma), (x, gamma), dy, create_graph=True)
+        second = torch.autograd.grad(dx, (x, gamma), ddx)
+        tangent = torch.func.jvp(call, (x.detach(), weight), (direction, torch.ones(2).double()))[1]
+        return dx.detach()[where], dgamma.detach(), second[0][where], second[1], tangent[where]
+
+    for junk in (torch.nan, torch.inf, 1e200):
+        dirty = derivatives(torch.where(where, clean, junk))
+        for got, want in zip(dirty, derivatives(clean), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

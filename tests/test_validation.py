@@ -16,6 +16,10 @@ def long(*shape):
     return torch.zeros(shape, dtype=torch.long)
 
 
+def packed(*lengths):
+    return pack_sequence([torch.randn(n, 3) for n in lengths], enforce_sorted=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -26,11 +30,15 @@ def long(*shape):
         ({"num_features": 2.0}, "positive number of channels, got 2.0"),
         ({"features": True}, "positive number of channels, got True"),
         ({"features": "10"}, "positive number of channels, got '10'"),
-        ({"features": 3, "eps": 0}, "eps > 0, got 0: .*divided by 0; the usual value is 1e-5"),
-        ({"features": 3, "eps": -1e-5}, "eps > 0, got -1e-05"),
-        ({"features": 3, "eps": "1e-5"}, "eps > 0, got '1e-5'"),
+        (
+            {"features": 3, "eps": 0},
+            "eps > 0 and finite, got 0: .*divided by 0; the usual value is 1e-5",
+        ),
+        ({"features": 3, "eps": -1e-5}, "eps > 0 and finite, got -1e-05"),
+        ({"features": 3, "eps": float("inf")}, "eps > 0 and finite, got inf"),
+        ({"features": 3, "eps": "1e-5"}, "eps > 0 and finite, got '1e-5'"),
         ({"features": 3, "momentum": "0.1"}, r"momentum in \[0, 1\].*got '0.1'"),
-        ({"features": 3, "eps": float("nan")}, "eps > 0, got nan"),
+        ({"features": 3, "eps": float("nan")}, "eps > 0 and finite, got nan"),
         ({"features": 3, "momentum": -0.1}, r"momentum in \[0, 1\]"),
         ({"features": 3, "momentum": 1.1}, r"momentum in \[0, 1\].*Keras"),
         ({"features": 3, "momentum": float("nan")}, r"momentum in \[0, 1\]"),
@@ -95,6 +103,7 @@ CALLS = [
     ((x, None, pack_sequence([x[0].T])), "a PackedSequence"),
     ((pack_sequence([x[0].T]), torch.ones(5)), "no mask with a PackedSequence"),
     ((pack_sequence([x[0].T]), None, x), "residual packed like x"),
+    ((packed(3, 5), None, packed(5, 3)), "packed like x: the same lengths in the same order"),
     ((pack_sequence([x[0].T]), None, pack_sequence([x[0].T[:2]])), "residual packed like x"),
 ]
 
@@ -115,7 +124,6 @@ def test_layer_names_itself_and_changes_nothing(call, words):
     with pytest.raises(InputError, match=words) as caught:
         net(*call)
     assert "layer 'body.1', BatchNorm(3)" in str(caught.value)
-    assert caught.value.__suppress_context__
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -144,6 +152,7 @@ def test_a_layer_outside_a_model_says_its_class():
         ({"channel_dim": -4}, "channel axis -4"),
         ({"eps": 0.0}, "eps > 0"),
         ({"momentum": 2.0}, "momentum in"),
+        ({"momentum": None}, "momentum to be a number, got None: only a layer counts"),
         ({"activation": "gelu"}, "'gelu'"),
     ],
 )

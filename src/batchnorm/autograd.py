@@ -13,7 +13,7 @@ from batchnorm.moments import Moments, expand_mask
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """The kernels as one differentiable operation: (y, count, mean, var, backend)."""
+    """The kernels as one differentiable operation, with the outputs of `select.Forward`."""
 
     generate_vmap_rule = True
 
@@ -29,7 +29,7 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         activation: str | None,
         channel_dim: int,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, str]:
+    ) -> select.Forward:
         return select.forward(
             x,
             mask,
@@ -45,14 +45,14 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, weight, bias, residual, mask, _, _, ctx.eps, ctx.activation, ctx.channel_dim = inputs
-        y, count, mean, var, ctx.backend = output
+        y, count, mean, var, invstd, ctx.backend = output
         # Lists, not generators: Dynamo cannot pass a generator on.
-        ctx.mark_non_differentiable(*[t for t in (count, mean, var) if t is not None])
+        ctx.mark_non_differentiable(*[t for t in (count, mean, var, invstd) if t is not None])
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         # The activation's slope is told from the sign of y; without one y need not be kept alive.
         ctx.save_for_backward(
-            x, weight, None if ctx.activation is None else y, mask, count, mean, var
+            x, weight, None if ctx.activation is None else y, mask, count, mean, var, invstd
         )
 
     @staticmethod
@@ -60,7 +60,7 @@ class BatchNormFunction(torch.autograd.Function):
         dy = grads[0]
         if dy is None:
             return (None,) * 10
-        x, weight, y, mask, count, mean, var = ctx.saved_tensors
+        x, weight, y, mask, count, mean, var, invstd = ctx.saved_tensors
         backend = ctx.backend
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Someone will differentiate these gradients: they must be functions of x, not of
@@ -75,6 +75,7 @@ class BatchNormFunction(torch.autograd.Function):
             count,
             mean,
             var,
+            invstd,
             weight,
             eps=ctx.eps,
             activation=ctx.activation,
@@ -90,7 +91,7 @@ class DualBatchNormFunction(BatchNormFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         BatchNormFunction.setup_context(ctx, inputs, output)
-        y, count, mean, var, _ = output
+        y, count, mean, var, *_ = output
         ctx.save_for_forward(*inputs[:2], y, inputs[4], count, mean, var)
 
     @staticmethod
@@ -111,7 +112,7 @@ class DualBatchNormFunction(BatchNormFunction):
             activation=ctx.activation,
             channel_dim=ctx.channel_dim,
         )
-        return y_dot, None, None, None, None
+        return y_dot, None, None, None, None, None
 
 
 class EagerBatchNormFunction(torch.autograd.Function):

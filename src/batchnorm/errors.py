@@ -1,4 +1,4 @@
-"""Everything that batchnorm raises or warns, under one base class.
+"""Everything that batchnorm raises, under one base class, and its one warning.
 
 A message says what was expected, what came, and what to do next; an error is raised before anything
 is changed.
@@ -6,7 +6,13 @@ is changed.
 
 
 class BatchNormError(Exception):
-    """Base class of every error that batchnorm raises on purpose."""
+    """Base class of every error that batchnorm raises on purpose.
+
+    Attributes:
+        located: whether the message names the layer already.
+    """
+
+    located = False
 
 
 class ArgumentError(BatchNormError, ValueError):

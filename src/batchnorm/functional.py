@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.autograd import function
-from batchnorm.errors import InputError, NonFiniteWarning
+from batchnorm.errors import ArgumentError, InputError, NonFiniteWarning
 from batchnorm.kernels import select
 from batchnorm.moments import Moments
 from batchnorm.validation import MIN_COUNT, Activation, check_count, check_options, check_tensors
@@ -199,22 +199,33 @@ class Update(NamedTuple):
 
 @torch.no_grad()
 def updated(
-    running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    momentum: float | Tensor,
+    *,
+    together: bool = False,
 ) -> Update:
     """(1 − momentum) · running + momentum · batch, with the unbiased variance, per channel.
 
-    A channel with a statistic that is not finite, or would not be in the buffers' dtype, keeps both
-    of its own.
+    A channel with a batch statistic that is not finite, or would not be in the buffers' dtype,
+    keeps both of its own; with `together`, all channels do.
     """
     wide = moments.mean.dtype
-    mean = running_mean.to(wide).lerp(moments.mean, momentum)
-    var = running_var.to(wide).lerp(moments.variance(correction=1), momentum)
-    mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
+    unbiased = moments.variance(correction=1)
+    mean = running_mean.to(wide).lerp(moments.mean, momentum).to(running_mean.dtype)
+    var = running_var.to(wide).lerp(unbiased, momentum).to(running_var.dtype)
     # The usual case, at half the cost. A sum is finite only if all its terms are.
     if select.concrete(mean) and math.isfinite((mean + var).sum().item()):
         return Update(mean, var, None)  # mutant: only slower without
     # Too small a count has been refused where that could be seen: not under compilation.
-    sound = mean.isfinite() & var.isfinite() & (moments.count >= MIN_COUNT)
+    sound = (
+        moments.mean.to(running_mean.dtype).isfinite()
+        & unbiased.to(running_var.dtype).isfinite()
+        & (moments.count >= MIN_COUNT)
+    )
+    if together:
+        sound = sound.all().expand_as(sound)
     return Update(
         torch.where(sound, mean, running_mean), torch.where(sound, var, running_var), ~sound
     )
@@ -270,6 +281,11 @@ def normalize(
     Arguments and errors are `batch_norm`'s.
     """
     check_options(eps, momentum, activation)
+    if momentum is None:
+        raise ArgumentError(
+            "expected momentum to be a number, got None: only a layer counts its batches; pass "
+            "1 / (their number, this one included) for a plain average"
+        )
     values = check_tensors(
         x, running_mean, running_var, weight, bias, training, mask, residual, channel_dim
     )
@@ -277,7 +293,7 @@ def normalize(
         check_count(values, x, mask, channel_dim)
     fused = activation if isinstance(activation, str) else None
     given = (None, None) if training else (running_mean, running_var)
-    y, count, mean, var, _ = function()(
+    y, count, mean, var, *_ = function()(
         x, weight, bias, residual, mask, *given, eps, fused, channel_dim
     )
     if callable(activation):

@@ -86,3 +86,28 @@ def test_the_public_function_goes_through_it(monkeypatch, training):
         # Both computed in float64 and rounded once; sums in another order may round apart.
         torch.testing.assert_close(got, want, rtol=2.0**-23, atol=1e-10)
     assert results[0][0].grad_fn.backend == "reference"
+
+
+def test_nan_in_what_is_left_out(monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 13)
+    x = torch.randn(9, 4, 6)
+    mask = torch.rand(9, 6) > 0.4
+    out = ~mask[:, None].expand_as(x)
+    dy = torch.where(out, 0.0, torch.randn_like(x))
+    results = []
+    for junk in (0.0, torch.nan):
+        leaves = [torch.where(out, junk, x).requires_grad_(), torch.ones(4, requires_grad=True)]
+        y = batch_norm(leaves[0], None, None, leaves[1], None, True, mask=mask)
+        dx, dgamma = torch.autograd.grad(y, leaves, dy)
+        results.append((y[~out], dx[~out], dgamma))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 64, 64), (1, 4, 3, 5000), (64, 4, 8)])
+def test_no_block_is_much_larger_than_asked(monkeypatch, shape):
+    monkeypatch.setattr(blocked, "BLOCK", 2048)
+    x = torch.empty(shape)
+    sizes = [block.numel() for block, _ in blocked.cut(x, 1)]
+    assert sum(sizes) == x.numel()
+    assert max(sizes) <= 2048

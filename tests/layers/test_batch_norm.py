@@ -1,7 +1,9 @@
 """What the layer adds to the function: its state, its name in messages, its masks and packs."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import oracle
 from batchnorm import BatchNorm, NonFiniteWarning, batch_norm
 
 
@@ -162,3 +165,107 @@ def test_integers_of_any_kind():
     assert type(bn.num_features) is int
     assert type(bn.channel_dim) is int
     bn(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("bad", [[0, 1, 2], [1]])
+def test_a_plain_average_has_no_part_of_a_refused_batch(bad):
+    bn, clean = BatchNorm(3, momentum=None), BatchNorm(3, momentum=None)
+    poisoned = torch.randn(8, 3)
+    poisoned[0, bad] = torch.nan
+    with pytest.warns(NonFiniteWarning):
+        bn(poisoned)
+    assert bn.num_batches_tracked == 0
+    for _ in range(2):
+        x = torch.randn(8, 3) + 10
+        bn(x)
+        clean(x)
+    for got, want in zip(bn.buffers(), clean.buffers(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_with_a_momentum_a_batch_counts_if_any_channel_took_it_in():
+    bn = BatchNorm(3)
+    x = torch.randn(8, 3)
+    x[0, 1] = torch.nan
+    with pytest.warns(NonFiniteWarning):
+        bn(x)
+    assert bn.num_batches_tracked == 1
+    bn(torch.full((8, 3), torch.nan))
+    assert bn.num_batches_tracked == 1
+
+
+def test_running_statistics_that_were_broken_already_are_not_the_batchs_fault():
+    bn = BatchNorm(3)
+    bn.running_mean[1] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn(torch.randn(8, 3))
+    assert bn.running_mean.isnan().tolist() == [False, True, False]
+
+
+def test_naming_the_layer_keeps_nothing_alive():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNorm(3)
+
+        def forward(self, x):
+            big = torch.randn(1000)
+            alive = weakref.ref(big)
+            with pytest.warns(NonFiniteWarning, match="layer 'bn'"):
+                self.bn(x)
+            del big
+            return alive()
+
+    gc.disable()
+    try:
+        assert Net()(torch.full((4, 3), torch.nan)) is None
+    finally:
+        gc.enable()
+
+
+def test_the_default_device_and_dtype_do_not_matter():
+    x = torch.randn(8, 3)
+    want = BatchNorm(3)
+    y = want(x)
+    bn = BatchNorm(3)
+    with torch.device("meta"):
+        assert torch.equal(bn(x), y)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        bn.reset_running_stats()
+        assert torch.equal(bn(x), y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bn.running_var, want.running_var)
+
+
+@pytest.mark.parametrize("rows", [64, 70_000])
+def test_vmap_over_parameters_in_float32(rows):
+    """Where the input itself is not mapped, and in every size: other kernels would serve."""
+    x, weights = torch.randn(rows, 3), torch.randn(2, 3)
+    for training in (True, False):
+        statistics = (None, None) if training else (torch.zeros(3), torch.ones(3))
+
+        def call(weight, residual, statistics=statistics, training=training):
+            return batch_norm(x, *statistics, weight, None, training, residual=residual)
+
+        residuals = torch.randn(2, rows, 3)
+        got = torch.func.vmap(call)(weights, residuals)
+        want = torch.stack([call(w, r) for w, r in zip(weights, residuals, strict=True)])
+        # Computed in float64 on one side and by torch's float32 kernels on the other.
+        torch.testing.assert_close(got, want, rtol=0, atol=64 * 2.0**-24 * 5)
+
+
+def test_two_threads():
+    torch.set_num_threads(2)
+    try:
+        for x in (torch.randn(64, 6, 20, 20) + 1e4, torch.randn(64, 6, 20, 20) + 1):
+            first, second = BatchNorm(6), BatchNorm(6)
+            y = first(x)
+            assert torch.equal(y, second(x))
+            assert torch.equal(first.running_var, second.running_var)
+            want = oracle.forward(x)
+            assert (abs(oracle.wide(y) - want.y) <= 64 * 2.0**-24 * 8).all()
+    finally:
+        torch.set_num_threads(1)

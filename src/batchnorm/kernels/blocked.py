@@ -36,7 +36,9 @@ def block_size(x: Tensor) -> int:
 def pieces(x: Tensor, channel_dim: int) -> tuple[int, int]:
     """Along which axis to cut, and how many of its entries make a block."""
     axes = reduced_axes(x, channel_dim)
-    axis = next((axis for axis in axes if x.shape[axis] > 1), axes[0])
+    # The first, whose entries lie together in memory, if one of them fits; else the longest.
+    fits = (axis for axis in axes if x.numel() <= block_size(x) * x.shape[axis])
+    axis = next(fits, max(axes, key=lambda axis: x.shape[axis]))
     return axis, max(1, block_size(x) * x.shape[axis] // x.numel())
 
 

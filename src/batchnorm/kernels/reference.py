@@ -148,15 +148,17 @@ def backward_terms(
 ) -> tuple[Tensor, Tensor]:
     """Per element: dz, the gradient before the activation, and x̂."""
     dz = activation_slope(dy.to(mean.dtype), y, activation)
+    if weights is None:
+        return dz, normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
+    # An element that does not count may hold NaN, or get NaN from a loss that divides by it. Its
+    # share of the sums would poison every gradient that does count; a finite one stays, because y
+    # at such an element does depend on γ, β and the moments.
+    sound = (weights > 0) | (x.isfinite() & dz.isfinite())
+    dz = torch.where(sound, dz, 0.0)
+    # Before the arithmetic, not after: differentiated again, it would send back 0 · NaN.
+    x = torch.where(sound, x, 0.0)
     x_hat = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
-    if weights is not None:
-        # An element that does not count may hold NaN, or get NaN from a loss that divides by it.
-        # Its share of the sums would poison every gradient that does count; a finite one stays,
-        # because y at such an element does depend on γ, β and the moments.
-        sound = (weights > 0) | (x_hat.isfinite() & dz.isfinite())
-        dz = torch.where(sound, dz, 0.0)
-        x_hat = torch.where(sound, x_hat, 0.0)
-    return dz, x_hat
+    return dz, torch.where(sound, x_hat, 0.0)
 
 
 def backward_reduce(dz: Tensor, x_hat: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:

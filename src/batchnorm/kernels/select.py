@@ -54,10 +54,11 @@ def backends() -> tuple[Backend, ...]:
             "aten",
             True,
             "contiguous float32 on the CPU, channel_dim=1, no mask, no transform or compilation, "
-            f"|mean| <= {aten.MAX_OFFSET:g} σ in every channel, "
-            f"at most {aten.MAX_DENSE_COUNT} values per channel in (N, C) input",
-            "torch's kernels lose precision in proportion to |mean|/σ, and with the batch size "
-            "where the channels are the fastest axis",
+            f"|mean| <= {aten.MAX_OFFSET:g} σ in every channel, at most {aten.MAX_DENSE_COUNT} "
+            f"values per channel in (N, C) input, backward at most {aten.MAX_PLANE} values per "
+            "plane; and evaluation in exported graphs, as one node",
+            "torch's kernels lose precision in proportion to |mean|/σ, and to the number of values "
+            "that they sum one after the other",
         ),
         Backend(
             "reference",
@@ -76,9 +77,11 @@ def eager(tensor: Tensor) -> bool:
     """
     return (
         not recorded()
+        # Of any tensor of the call: a weight may be batched where x is not. No public name exists
+        # for this question; torch's own autograd.Function asks it so.
+        and not torch._C._are_functorch_transforms_active()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type != "meta"
-        and not transformed(tensor)
     )
 
 
@@ -93,6 +96,11 @@ def concrete(tensor: Tensor) -> bool:
 def recorded() -> bool:
     """Whether the operations themselves are the result: compilation, export, torch.jit.trace."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def exported() -> bool:
+    """Whether the operations are recorded for another runtime: torch.export, torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def blocks(x: Tensor) -> bool:
@@ -113,6 +121,16 @@ def transformed(tensor: Tensor) -> bool:
     )
 
 
+#: What a forward pass gives, and its backward pass needs. A plain tuple, which autograd passes on.
+#:   y: the output.
+#:   count: total weight behind the moments; None if they were given.
+#:   mean: per channel, in memory of its own: a later step changes running buffers in place.
+#:   var: biased variance, likewise.
+#:   invstd: 1/√(var + eps) where the backend's own backward pass wants the very same, or None.
+#:   backend: the name of the backend that served.
+Forward = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str]
+
+
 def forward(
     x: Tensor,
     mask: Tensor | None,
@@ -124,40 +142,39 @@ def forward(
     eps: float,
     activation: str | None,
     channel_dim: int,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, str]:
-    """Normalise by the moments of `x`, or by the mean and biased variance given.
-
-    Returns:
-        y; the count behind the moments, None if they were given; mean and biased variance, in
-        memory of their own; the name of the backend that served.
-    """
+) -> Forward:
+    """Normalise by the moments of `x`, or by the mean and biased variance given."""
     others = (*(given or ()), weight, bias)
     if mask is None and concrete(x) and aten.serves(x, *others, residual, channel_dim=channel_dim):
-        # Copies: a later step changes running buffers in place, and backward needs these values.
-        statistics = (given[0].clone(), given[1].clone()) if given else aten.moments(x)
-        if aten.accurate(*statistics, eps):
-            y = aten.normalize(
-                x, *statistics, weight, bias, residual, eps=eps, activation=activation
-            )
-            count = None if given else torch.tensor(x.numel() / x.shape[1])
-            return y, count, *statistics, "aten"
-    if given:
-        wide = torch.promote_types(accumulation_dtype(x.device), given[0].dtype)
-        count, statistics = None, (given[0].to(wide, copy=True), given[1].to(wide, copy=True))
-    else:
+        if given is None:
+            z, mean, var, invstd = aten.train(x, weight, bias, eps)
+            if aten.accurate(mean, var):
+                total = x.new_full((), x.numel() // x.shape[1], dtype=torch.float64)
+                return aten.finish(z, residual, activation), total, mean, var, invstd, "aten"
+        elif aten.accurate(*given):
+            mean, var = given[0].clone(), given[1].clone()
+            z = aten.evaluate(x, mean, var, weight, bias, eps)
+            return aten.finish(z, residual, activation), None, mean, var, None, "aten"
+    count: Tensor | None = None
+    if given is None:
         moments = (
             blocked.moments(x, mask, channel_dim)
             if blocks(x)
             else Moments.of(x, mask, channel_dim=channel_dim)
         )
-        count, statistics = moments.count, (moments.mean, moments.variance())
-    if given and mask is None and recorded() and aten.exports(x, *others, channel_dim=channel_dim):
-        y = aten.normalize(x, *given, weight, bias, residual, eps=eps, activation=activation)
-        return y, count, *statistics, "reference"
+        count, mean, var = moments.count, moments.mean, moments.variance()
+    else:
+        wide = torch.promote_types(accumulation_dtype(x.device), given[0].dtype)
+        mean, var = given[0].to(wide, copy=True), given[1].to(wide, copy=True)
+        if mask is None and exported() and aten.exports(x, *others, channel_dim=channel_dim):
+            z = aten.evaluate(x, *given, weight, bias, eps)
+            y = aten.finish(z, residual, activation)
+            return y, None, mean, var, None, "reference"
     kernel = blocked.normalize if blocks(x) else reference.normalize
     y = kernel(
         x,
-        *statistics,
+        mean,
+        var,
         weight,
         bias,
         residual,
@@ -165,7 +182,7 @@ def forward(
         activation=activation,
         channel_dim=channel_dim,
     )
-    return y, count, *statistics, "reference"
+    return y, count, mean, var, None, "reference"
 
 
 def backward(
@@ -177,17 +194,21 @@ def backward(
     count: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    invstd: Tensor | None,
     weight: Tensor | None,
     *,
     eps: float,
     activation: str | None,
     channel_dim: int,
 ) -> Gradients:
-    """Gradients of `forward`, by the backend that served it."""
+    """Gradients of `forward`, by the backend that served it where that is right."""
     if backend == "aten":
-        return aten.backward(
-            dy, x, y, mean, var, weight, constant=count is None, eps=eps, activation=activation
-        )
+        if aten.backward_serves(x):
+            return aten.backward(
+                dy, x, y, mean, var, invstd, weight, eps=eps, activation=activation
+            )
+        wide = accumulation_dtype(x.device)
+        mean, var = mean.to(wide), var.to(wide)
     weights = None if mask is None else expand_mask(mask, x, channel_dim).to(mean.dtype)
     kernel = blocked.backward if blocks(x) else reference.backward
     return kernel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from numbers import Integral
@@ -62,14 +63,15 @@ class BatchNorm(_BatchNorm):
         bias: have β (with `affine`).
         channel_dim: the axis of the channels; -1 for channels-last data. Nothing is copied.
         activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function or module,
-            applied after.
+            applied after, to every element, masked ones included.
 
     Attributes:
         weight: γ, also called `gamma`.
         bias: β, also called `beta`.
         running_mean: running mean, (C,).
         running_var: running unbiased variance, (C,).
-        num_batches_tracked: how many batches the running statistics have taken in.
+        num_batches_tracked: how many batches the running statistics have taken in; one that was
+            refused for NaN in every channel (in any, with momentum=None) is not among them.
 
     Raises:
         ArgumentError: an option is impossible.
@@ -189,16 +191,19 @@ class BatchNorm(_BatchNorm):
                 raise InputError("expected a tensor as residual of a tensor, got a PackedSequence")
             return self._forward(x, mask, residual)
         except BatchNormError as error:
-            raise type(error)(f"{self._location()}: {error}") from None
+            if not error.located:
+                error.args = (f"{self._location()}: {error}",)
+                error.located = True
+            raise
 
     def _forward_packed(self, x: PackedSequence, mask: Any, residual: Any) -> PackedSequence:
         if mask is not None:
             raise InputError("expected no mask with a PackedSequence, which has no padding")
         if residual is not None:
-            if not isinstance(residual, PackedSequence) or not torch.equal(
-                residual.batch_sizes, x.batch_sizes
-            ):
-                raise InputError("expected a residual packed like x, with the same batch_sizes")
+            if not isinstance(residual, PackedSequence) or not _packed_alike(x, residual):
+                raise InputError(
+                    "expected a residual packed like x: the same lengths in the same order"
+                )
             residual = residual.data
         return x._replace(data=self._forward(x.data, None, residual))
 
@@ -233,10 +238,13 @@ class BatchNorm(_BatchNorm):
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             return
-        update = functional.updated(mean, var, moments, momentum)
+        # In a plain average every channel must have the same number of batches behind it.
+        together = self.momentum is None
+        update = functional.updated(mean, var, moments, momentum, together=together)
         finite = functional.assign(mean, var, update)
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            taken = 1 if update.refused is None else update.refused.logical_not().any()
+            self.num_batches_tracked.add_(taken)
         if not finite and not self._told_nonfinite:
             self._told_nonfinite = True
             message = f"{self._location()}: {functional.nonfinite_message(update)}"
@@ -274,10 +282,15 @@ class BatchNorm(_BatchNorm):
         name = None
         frame = inspect.currentframe()
         while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.nn.Module) and owner is not self:
-                names = (n for n, module in owner.named_modules() if module is self)
-                name = next(names, name)
+            if frame.f_code.co_varnames[:1] == ("self",):
+                seen = frame.f_locals
+                owner = seen.get("self")
+                if sys.version_info < (3, 13):
+                    # Until then a copy that the frame keeps, and with it the caller's tensors.
+                    seen.clear()
+                if isinstance(owner, torch.nn.Module) and owner is not self:
+                    names = (n for n, module in owner.named_modules() if module is self)
+                    name = next(names, name)
             frame = frame.f_back
         return kind if name is None else f"layer {name!r}, {kind}"
 
@@ -289,3 +302,12 @@ class BatchNorm(_BatchNorm):
         if self.activation is not None and not isinstance(self.activation, torch.nn.Module):
             parts.append(f"activation={getattr(self.activation, '__name__', self.activation)!r}")
         return ", ".join(parts)
+
+
+def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:
+    """Whether the elements of the two stand for the same places of the same sequences."""
+
+    def same(one: Tensor | None, other: Tensor | None) -> bool:
+        return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+    return same(a.batch_sizes, b.batch_sizes) and same(a.sorted_indices, b.sorted_indices)
