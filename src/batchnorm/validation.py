@@ -28,8 +28,8 @@ def check_options(eps: float, momentum: float | Tensor | None, activation: Activ
     """Refuse options that are impossible for any data."""
     if not isinstance(eps, Real) or not 0 < eps < math.inf:
         raise ArgumentError(
-            f"expected eps > 0 and finite, got {eps!r}: a constant channel has variance 0 and would "
-            "be divided by 0; the usual value is 1e-5"
+            f"expected eps > 0 and finite, got {eps!r}: a constant channel has variance 0 and "
+            "would be divided by 0; the usual value is 1e-5"
         )
     if not (
         momentum is None
