@@ -44,6 +44,7 @@ def test_version_and_list():
 
 WRONG = {
     ("lab", "run", "nope"): "Expected one of: convergence",
+    ("lab", "run", "convergance"): "Did you mean 'convergence'?",
     ("lab", "run", "--profile", "nope"): "Expected one of: quick, full",
     ("lab", "run", "--data", "nope.npz"): "there is no such file",
     ("lab", "run", "--seeds", "0"): "--seeds",
@@ -83,8 +84,35 @@ def test_a_run_in_a_pipe_is_plain_text_with_the_verdict_and_the_report(tmp_path)
     assert "2 of 2 paired seeds" in words
     (header,) = [line for line in text if "steps to 90%" in line]
     cells = re.split(r"[|\s]{2,}", header.strip("| "))
-    columns = ["network", "rate", "init", "steps to 90%", "got there", "accuracy", "ms/step"]
+    columns = ["network", "rate", "steps to 90%", "reached", "accuracy", "ms/step", "s to 90%"]
     assert cells == columns
+
+
+def test_without_out_other_evidence_is_not_overwritten(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-c", lab_tiny.COMMAND, "lab", "run", "--profile", "tiny"]
+        return subprocess.run(
+            [*command, "--jobs", "1", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    result = run("--seeds", "1")
+    assert result.returncode == 0, result.stderr
+    (made,) = (tmp_path / "batchnorm-lab").iterdir()
+    assert made.name == "convergence-tiny-1-seed"
+    assert result.stdout.splitlines()[-1].endswith("convergence-tiny-1-seed/report.html")
+    assert "1 seeds" not in result.stdout + (made / "report.html").read_text()
+
+
+def test_python_m_batchnorm_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "batchnorm", "--version"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, f"batchnorm {__version__}\n")
 
 
 def test_help_explains_every_option():
@@ -97,8 +125,8 @@ def test_help_explains_every_option():
 @pytest.mark.parametrize(
     ("module", "arguments", "remedy"),
     [
-        ("typer", ("--version",), "pip install 'batchnorm[cli]'"),
-        ("rich", ("--version",), "pip install 'batchnorm[cli]'"),
+        ("typer", ("--version",), "pip install 'batchnorm[lab]'"),
+        ("rich", ("--version",), "pip install 'batchnorm[lab]'"),
         ("sklearn", ("lab", "list"), "pip install 'batchnorm[lab]'"),
     ],
 )
@@ -109,6 +137,7 @@ def test_a_missing_extra_is_named_with_the_remedy(module, arguments, remedy):
     )
     assert (code, out) == (2, "")
     assert remedy in err
+    assert err.count("pip install") == 1
     assert "Traceback" not in err
     assert len(err.splitlines()) == 1
 

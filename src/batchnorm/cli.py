@@ -35,7 +35,7 @@ def main() -> None:
     except ImportError as error:
         _fail(
             f"the batchnorm command needs {error.name}, which is not installed. Install it with: "
-            "pip install 'batchnorm[cli]'; or with 'batchnorm[lab]', to run experiments too."
+            "pip install 'batchnorm[lab]'"
         )
     try:
         command()
@@ -81,7 +81,11 @@ def _command() -> Callable[[], Any]:
         version: Annotated[
             bool,
             typer.Option(
-                "--version", help="Print the version.", callback=show_version, is_eager=True
+                "--version",
+                metavar=" ",
+                help="Print the version.",
+                callback=show_version,
+                is_eager=True,
             ),
         ] = False,
     ) -> None:
@@ -109,8 +113,10 @@ def _command() -> Callable[[], Any]:
             Path | None,
             typer.Option(
                 metavar="DIR",
-                help=f"Where the results go; {OUT}/NAME if not given. Several experiments get a "
-                "directory each below DIR.",
+                help=f"Where the results go; {OUT}/NAME if not given, with the profile, the data "
+                "file and the seeds added where they are not the plain ones (such as "
+                f"{OUT}/NAME-full-wine-3-seeds). Several experiments get a directory each below "
+                "DIR.",
             ),
         ] = None,
         seeds: Annotated[
@@ -123,14 +129,19 @@ def _command() -> Callable[[], Any]:
         ] = None,
         profile: Annotated[
             str,
-            typer.Option(metavar="quick|full", help="quick takes a minute, full a finer sweep."),
+            typer.Option(
+                metavar="quick|full",
+                help="quick takes a minute; full, a finer and longer sweep, about seven on 2 cores "
+                "(an estimate from single runs).",
+            ),
         ] = "quick",
         data: Annotated[
             str,
             typer.Option(
                 metavar="digits|PATH",
                 help="scikit-learn's handwritten digits, or an .npz file with arrays x (rows "
-                "first) and y (whole-number classes).",
+                "first) and y (whole-number classes). The columns of a 2-D x are scaled one by "
+                "one, an x of more dimensions as a whole.",
             ),
         ] = "digits",
         jobs: Annotated[
@@ -146,12 +157,18 @@ def _command() -> Callable[[], Any]:
         """
         from batchnorm import lab
         from batchnorm.lab.progress import watch
+        from batchnorm.lab.words import counted
 
         names = names or [MAIN_EXPERIMENT]
         for name in names:
             lab.find(name)
         for name in names:
-            directory = out if out and len(names) == 1 else (out or OUT) / name
+            if out:
+                directory = out if len(names) == 1 else out / name
+            else:
+                directory = OUT / lab.default_directory(
+                    name, profile=profile, seeds=seeds, data=data
+                )
             try:
                 with watch(Console(stderr=True)) as progress:
                     found = lab.run(
@@ -167,8 +184,8 @@ def _command() -> Callable[[], Any]:
                 kept = len(list((directory / lab.RUNS).glob("*.json")))
                 _print_text(
                     Console(stderr=True),
-                    f"Stopped. {kept} finished runs are kept in {directory / lab.RUNS}. To go on "
-                    f"from there:\n  {shlex.join(['batchnorm', *sys.argv[1:]])}",
+                    f"Stopped. {counted(kept, 'finished run')} kept in {directory / lab.RUNS}. "
+                    f"To go on from there:\n  {shlex.join(['batchnorm', *sys.argv[1:]])}",
                 )
                 raise typer.Exit(INTERRUPTED) from None
             _print_findings(Console(), found.content)
@@ -177,7 +194,8 @@ def _command() -> Callable[[], Any]:
     @lab_app.command("report")
     def report(
         directory: Annotated[
-            Path, typer.Argument(metavar="DIR", help="What `lab run` has filled.")
+            Path,
+            typer.Argument(metavar="DIR", help="What `lab run` has filled, or its results.json."),
         ],
     ) -> None:
         """Make report.html and the figures again, from results.json alone."""
@@ -207,7 +225,8 @@ def _print_table(console: Any, columns: Any, rows: Any) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    # Eight columns with their numbers just fit into 80 characters, with gaps as narrow as these.
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
     console.print(table, markup=False)

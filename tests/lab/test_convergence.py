@@ -166,13 +166,16 @@ def test_analysis_speaks_in_the_runs_own_numbers():
     assert found.verdict.differences == (20, 10)
     assert found.verdict.outcome == "reproduced"
     assert found.table.rows[0] == (
-        "plain", "10", "Xavier", "30 (30–>30)", "1 of 2", "92.5%", "1.00"
+        "plain", "10", "30 (30–>30)", "1 of 2", "92.5%", "1.00", "0.030"
     )  # fmt: skip
-    assert found.table.rows[1][3:5] == ("15 (10–20)", "2 of 2")
+    assert found.table.rows[1][2:4] == ("15 (10–20)", "2 of 2")
+    assert found.table.rows[1][-1] == "0.015"
     assert "plain network took 30 steps, the one with BatchNorm 15 steps" in found.summary
-    edge, censored = found.caveats
+    edge, censored, few = found.caveats
     assert "plain network, 10, is on the edge" in edge
-    assert "1 of 2 runs of the plain network never got to 90%; they count as 30 steps" in censored
+    assert "1 of 2 runs of the plain network never got to 90%; counted as 30 steps" in censored
+    assert few.startswith("2 seeds are few")
+    assert "between equals the better mean final accuracy" in found.recipe[2]
 
 
 def test_a_plain_network_that_is_faster_contradicts_the_claim():
@@ -183,5 +186,34 @@ def test_a_plain_network_that_is_faster_contradicts_the_claim():
     found = c.analyse(MADE_UP, runs)
     assert found.verdict.outcome == "contradicted"
     assert "BatchNorm more than 30 steps" in found.summary
-    assert found.table.rows[1][3] == ">30 (all)"
+    assert found.table.rows[1][2] == ">30 (all)"
+    assert found.table.rows[1][-1] == ">0.030"
+    assert "None of the BatchNorm runs got there within 30 steps" in found.verdict.sentence
     assert [line for line in found.caveats if "edge" in line] == []
+
+
+def test_one_seed_is_spoken_of_in_the_singular():
+    settings = dataclasses.replace(MADE_UP, seeds=1, tuning_seeds=1)
+    runs = [done(c.PLAIN, 1.0, None, final=0.5), done(c.NORMALIZED, 1.0, 10)]
+    found = c.analyse(settings, runs)
+    assert [row[2:4] for row in found.table.rows] == [(">30", "0 of 1"), ("10", "1 of 1")]
+    words = " ".join([found.summary, *found.recipe, *found.caveats, found.verdict.sentence])
+    for saying in ("10 steps: 1 seed, each", "1 seed for each pair", "1 other seed.", "0 of 1"):
+        assert saying in words.replace("1 of 1 run ", "0 of 1 ")
+    assert "1 seeds" not in words
+    assert found.verdict.would_change() == ("At least 2 seeds are needed for any verdict.",)
+
+
+def test_a_column_for_the_init_where_several_were_tried():
+    runs = [done(arm, 1.0, 10) for arm in c.ARMS]
+    settings = dataclasses.replace(MADE_UP, seeds=1, inits=("0.01", c.XAVIER))
+    table = c.analyse(settings, runs).table
+    assert table.columns[:3] == ("network", "rate", "init")
+    assert table.rows[0][:3] == ("plain", "1", "Xavier")
+
+
+def test_seconds_are_steps_times_the_runs_own_time_per_step():
+    run = dataclasses.replace(done(c.PLAIN, 1.0, 20), timing={"step_ms": 4.0})
+    assert c.seconds_to(0.9, run) == pytest.approx(0.08)
+    never = dataclasses.replace(done(c.PLAIN, 1.0, None), timing={"step_ms": 4.0})
+    assert c.seconds_to(0.9, never) == pytest.approx(0.12)

@@ -1,3 +1,6 @@
+import pickle
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -31,7 +34,8 @@ def test_digits_are_split_stratified_and_scaled():
     assert shares == pytest.approx(np.full(10, 0.28), abs=0.005)
     # One scale for all pixels: the always dark corner stays a constant, and is not blown up.
     assert np.ptp(data.x_train[:, 0, 0]) == 0
-    assert load("digits").fingerprint == data.fingerprint
+    # Finished runs are filed under it.
+    assert data.fingerprint == "3b3cf0f27920919a78338a8dd5a7e76dbbab8ecd10e016e182800697f1e2e6a1"
 
 
 def test_file_keeps_every_row_once_and_renumbers_the_classes(save):
@@ -42,11 +46,31 @@ def test_file_keeps_every_row_once_and_renumbers_the_classes(save):
     assert data.classes == 3
     both = np.concatenate([data.x_train, data.x_test])
     classes = np.concatenate([data.y_train, data.y_test])
-    scale, centre = np.polyfit(np.sort(both, axis=None), np.sort(x, axis=None), 1)
+    # Each column was shifted and scaled by itself, which sorted values undo.
+    lines = [np.polyfit(np.sort(a), np.sort(b), 1) for a, b in zip(both.T, x.T, strict=True)]
+    scale, centre = np.array(lines).T
     order = np.lexsort((both * scale + centre).T.round(4))
     expected = np.lexsort(x.T.round(4))
     assert (both * scale + centre)[order] == pytest.approx(x[expected], abs=1e-4)
     assert (np.array([-2, 7, 40])[classes][order] == labels[expected]).all()
+
+
+def test_columns_of_a_table_are_scaled_one_by_one_and_images_as_a_whole(save):
+    x, y = rows(features=4)
+    x *= [1, 1000, 1e-3, 0]
+    # Of a constant 0.1, rounding can leave a mean and a deviation that are not exact.
+    x[:, 3] = 0.1
+    table = load(save(x=x, y=y))
+    assert table.x_train.mean(0) == pytest.approx(np.zeros(4), abs=1e-6)
+    assert table.x_train.std(0) == pytest.approx([1, 1, 1, 0], abs=1e-6)
+    assert "Each column" in table.scaling
+    assert "1 column that never changed there" in table.describe()["scaling"]
+    images = load(save(x=x[:, :, None], y=y))
+    assert images.x_train.mean() == pytest.approx(0, abs=1e-6)
+    assert images.x_train.std() == pytest.approx(1, abs=1e-6)
+    assert images.x_train[:, 0].std() < 0.01
+    assert images.scaling.startswith("One mean")
+    assert images.fingerprint != table.fingerprint
 
 
 def test_fingerprint_follows_the_content(save):
@@ -77,7 +101,7 @@ X, Y = rows()
 HOLE = X.copy()
 HOLE[3, 1] = np.nan
 BAD = {
-    "no y": ({"x": X}, "named x and y; got x"),
+    "no y": ({"x": X}, "arrays x and y; it holds x."),
     "lengths": ({"x": X, "y": Y[:-1]}, "120 rows in x and 119 labels"),
     "nan": ({"x": HOLE, "y": Y}, "NaN or infinity in 1 of 120"),
     "inf": ({"x": np.where(np.isnan(HOLE), np.inf, X), "y": Y}, "NaN or infinity in 1 of 120"),
@@ -92,6 +116,8 @@ BAD = {
     "complex": ({"x": X * 1j, "y": Y}, "real numbers"),
     "constant": ({"x": X * 0 + 3, "y": Y}, "3.0 everywhere"),
     "pickled": ({"x": np.array([None] * 120, dtype=object), "y": Y}, "numbers only"),
+    "word labels": ({"x": X, "y": Y.astype(str)}, "numpy.unique(labels, return_inverse=True)"),
+    "word objects": ({"x": X, "y": Y.astype(str).astype(object)}, "y holds Python objects"),
 }
 
 
@@ -112,16 +138,31 @@ def test_bad_files_say_what_came_and_what_to_do(tmp_path, save):
     whole = (tmp_path / save(x=X, y=Y)).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "folder.npz").mkdir()
-    for name in ("single.npy", "words.npz", "empty.npz", "cut.npz", "folder.npz", "missing.npz"):
-        with pytest.raises(InputError, match=r"numpy\.savez"):
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps({"x": X, "y": Y}))
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("x", "text")
+        archive.writestr("y", "text")
+    for name, message in {
+        "single.npy": "a single .npy array",
+        "words.npz": "not an .npz archive",
+        "empty.npz": "not an .npz archive",
+        "cut.npz": "cut short",
+        "pickle.npz": "not an .npz archive",
+        "other.npz": "x in it is no array",
+        "folder.npz": "it is a directory",
+        "missing.npz": "there is no such file",
+    }.items():
+        with pytest.raises(InputError, match=r"numpy\.savez") as error:
             load(str(tmp_path / name))
+        assert message in str(error.value)
+        assert "allow_pickle" not in str(error.value)
 
 
 def test_training_rows_that_are_all_alike_are_refused(save):
     x = np.zeros((120, 5))
     test_row = int(np.flatnonzero(np.isin(np.arange(120), _test_rows(save)))[0])
     x[test_row] = 1
-    with pytest.raises(InputError, match="those of the training part are all 0"):
+    with pytest.raises(InputError, match="rows of the training part are all alike"):
         load(save(x=x, y=Y))
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -116,6 +117,8 @@ def test_report_says_what_was_found(done):
         found["data"]["fingerprint"],
         found["environment"]["torch"],
         "1294 training and 503 test rows of shape 8 × 8, 10 classes",
+        "One mean and one standard deviation, of all training inputs together",
+        "2 seeds are few",
     ]
     for saying in sayings:
         assert saying in text
@@ -131,10 +134,18 @@ def test_figures_are_text_in_the_page_and_files_beside_it(done):
     files = {path.name for path in (done / "figures").iterdir()}
     assert files == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
     assert (done / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert (done / "figures" / "accuracy.svg").read_text().startswith("<?xml")
+    alone = (done / "figures" / "accuracy.svg").read_text()
+    assert alone.startswith("<?xml")
+    # On a page of any colour: its own white card, a little larger than the figure.
+    x, y, width, height = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', alone).groups()
+    assert f'<rect x="{x}" y="{y}" width="{width}" height="{height}"' in alone
+    assert "fill: #ffffff" not in html
+    assert "not reached in 200 steps" in drawn
+    assert "85%" in drawn
 
 
 def test_report_is_rebuilt_byte_for_byte_from_results_alone(done, copy):
+    assert lab.write_report(copy / "results.json") == copy / "report.html"
     assert lab.write_report(copy) == copy / "report.html"
     assert (copy / "report.html").read_bytes() == (done / "report.html").read_bytes()
     for path in (done / "figures").iterdir():
@@ -176,6 +187,7 @@ def test_a_directory_without_results_says_what_to_do(tmp_path):
     ("options", "message"),
     [
         ({"name": "nope"}, "Expected one of: convergence"),
+        ({"name": "Convergance"}, "Did you mean 'convergence'"),
         ({"profile": "nope"}, "Expected one of: quick, full"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"jobs": 0}, "jobs must be at least 1"),
@@ -203,6 +215,7 @@ def test_censored_runs_are_open_marks_at_the_horizon():
     figure = plots.sweep(
         {"panel": {"plain": {0.1: [None, 50], 1.0: [20, 30]}, "other": {0.1: [40], 1.0: [20]}}},
         horizon=300,
+        horizon_label="never",
         chosen={("panel", "plain"): 1.0},
         xlabel="",
         ylabel="",
@@ -217,4 +230,33 @@ def test_censored_runs_are_open_marks_at_the_horizon():
     ]
     assert list(lines[0].get_ydata()) == [175, 25]
     (ring,) = [line for line in lines if line.get_markersize() == 15]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["never"]
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (1.0, 25)
+
+
+def test_labels_of_lines_that_meet_are_nudged_apart():
+    flat = {name: [[0.0, value]] for name, value in (("low", -0.01), ("mid", 0), ("high", 0.01))}
+    figure = plots.quantile_panels({"panel": ([0, 1], flat)}, xlabel="", ylabel="")
+    wide = {"panel": ([0, 1], {"low": [[0, -9]], "mid": [[0, 0]], "high": [[0, 9]]})}
+    figures = (
+        figure,
+        plots.quantile_panels({**wide, "flat": ([0, 1], flat)}, xlabel="", ylabel=""),
+    )
+    for drawn in figures:
+        drawn.draw_without_rendering()
+        for axes in drawn.axes:
+            boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+            for below, above in itertools.pairwise(boxes):
+                assert (above.y0 + above.y1 - below.y0 - below.y1) / 2 * 72 / drawn.dpi > 9.9
+    # Labels with room enough stay at the ends of their lines.
+    assert [text.get_position()[1] for text in figures[1].axes[0].texts] == pytest.approx([0] * 3)
+
+
+def test_a_default_directory_says_what_differs():
+    def name(profile="quick", seeds=None, data="digits"):
+        return lab.default_directory("convergence", profile=profile, seeds=seeds, data=data)
+
+    assert name() == name(seeds=8) == "convergence"
+    assert name(profile="full") == "convergence-full"
+    assert name(data="a/b/wine.npz", seeds=3) == "convergence-wine-3-seeds"
+    assert name(profile="full", data="wine.npz", seeds=1) == "convergence-full-wine-1-seed"

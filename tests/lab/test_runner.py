@@ -19,6 +19,7 @@ from batchnorm.lab import runner
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
 from batchnorm.lab.store import Store
+from batchnorm.lab.words import counted
 from lab_tiny import COMMAND, EXPERIMENT, SETTINGS
 
 TESTS = Path(__file__).parents[1]
@@ -192,7 +193,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(reference, tmp_path, number
     assert _group_is_gone(process.pid)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert f"{len(kept)} finished runs are kept in {runs}" in err
+        assert f"{counted(len(kept), 'finished run')} kept in {runs}" in err
         assert f"batchnorm {' '.join(arguments)}" in err
         assert "Traceback" not in err
 

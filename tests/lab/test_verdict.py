@@ -62,6 +62,39 @@ def test_censored_runs_count_as_the_horizon():
         judge([None, 3], [1, 2], unit="steps")
 
 
+def test_an_arm_with_every_run_censored_has_a_bound_and_no_strength():
+    names = ("plain", "BatchNorm")
+    some = [100, 120, 110]
+    never = [None] * 3
+    bound = judge(never, some, unit="steps", horizon=500, names=names)
+    assert bound.outcome == REPRODUCED
+    assert "None of the plain runs got there within 500 steps" in bound.sentence
+    assert "+390 steps" in bound.sentence
+    assert "lower bound" in bound.sentence
+    assert "says nothing about how much seeds differ" in bound.sentence
+    against = judge(some, never, unit="steps", horizon=500, names=names)
+    assert "None of the BatchNorm runs" in against.sentence
+    unclear = judge(never, [100, None, 110], unit="steps", horizon=500, names=names)
+    assert "lower bound" not in unclear.sentence
+    assert "hangs on where they were stopped" in unclear.sentence
+    nothing = judge(never, never, unit="steps", horizon=500, names=names)
+    assert nothing.outcome == UNRESOLVED
+    assert "no difference to measure" in nothing.sentence
+    for found in (bound, against, unclear, nothing):
+        assert "standard errors" not in found.sentence
+    partly = judge([None, 300, 400], some, unit="steps", horizon=500)
+    assert "standard errors" in partly.sentence
+
+
+def test_few_seeds_come_with_the_rate_of_chance():
+    assert judge([1] * 8, [0] * 8, unit="").caveats() == ()
+    assert judge([1], [0], unit="").caveats() == ()
+    (caveat,) = judge([1] * 3, [0] * 3, unit="").caveats()
+    assert caveat.startswith("3 seeds are few")
+    assert f"{verdict.false_rate(3):.1%}" in caveat
+    assert f"with 8 seeds, in {verdict.false_rate(8):.1%}" in caveat
+
+
 @pytest.mark.parametrize("control", [[1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_values_that_cannot_be_paired_or_compared(control):
     with pytest.raises(ArgumentError):

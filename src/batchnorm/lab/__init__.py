@@ -12,5 +12,6 @@ from batchnorm.lab import _extra as _extra
 from batchnorm.lab.experiments import discover as discover
 from batchnorm.lab.experiments import find as find
 from batchnorm.lab.study import RUNS as RUNS
+from batchnorm.lab.study import default_directory as default_directory
 from batchnorm.lab.study import run as run
 from batchnorm.lab.study import write_report as write_report

@@ -1,15 +1,23 @@
 """The data that an experiment trains on: one bundled set, or a file of the user's own.
 
-Inputs are shifted and scaled by *one* mean and *one* standard deviation, taken over every element
-of the training part. Sigmoid networks need inputs of moderate size; but to standardise each feature
-by itself would be a batch normalization of the first layer, given to both arms, and would blow up
-the pixels that are nearly always dark.
+Sigmoid networks need inputs of moderate size. How inputs are shifted and scaled follows from their
+rank, always with the mean and the standard deviation of the training part alone:
+
+- Images and the like (`x` of rank 3 or more) have *one* mean and *one* standard deviation, over
+  every element. Neighbours share a unit; and to standardise each pixel by itself would be a batch
+  normalization of the first layer, given to both arms, and would blow up the pixels that are nearly
+  always dark.
+- A table (`x` of rank 2) has them for *each column*. Columns come in different units, so with one
+  scale for all those with large numbers would drown the others. A column that is constant in
+  training is only shifted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +26,19 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import InputError
+from batchnorm.lab.words import counted
 
 # The split is part of the data's identity, not of a run: every seed sees the same test rows.
 SPLIT_SEED = 0
 
-# 28 % of the digits are 504 test images, so that one image is 0.2 points of accuracy.
+# 28% of the digits are 504 test images, so that one image is 0.2 points of accuracy.
 TEST_SHARE = 0.28
+
+# What an .npy file begins with.
+NPY = b"\x93NUMPY"
+
+# How labels that are words become class numbers.
+NUMBERED = "`classes, y = numpy.unique(labels, return_inverse=True)`"
 
 # 72 training rows: enough for one batch of 60 with a different one to follow.
 MIN_ROWS = 100
@@ -38,10 +53,12 @@ class Dataset:
     """Scaled inputs and class numbers 0…classes-1, split into a training and a test part.
 
     `fingerprint` is the SHA-256 of the arrays as split and scaled; runs are filed under it.
+    `scaling` says in a sentence how the inputs were scaled.
     """
 
     name: str
     fingerprint: str
+    scaling: str
     classes: int
     x_train: npt.NDArray[np.float32]
     y_train: npt.NDArray[np.int64]
@@ -53,6 +70,7 @@ class Dataset:
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
+            "scaling": self.scaling,
             "train_rows": len(self.x_train),
             "test_rows": len(self.x_test),
             "row_shape": list(self.x_train.shape[1:]),
@@ -62,6 +80,8 @@ class Dataset:
 
 def load(source: str) -> Dataset:
     """Load `"digits"`, or an .npz file with arrays `x` (rows first) and `y` (class of each row).
+
+    The rank of `x` decides how it is scaled; the module says how.
 
     `"digits"` is scikit-learn's bundled set of 1797 handwritten 8×8 digits: real, and no download.
 
@@ -79,35 +99,53 @@ def load(source: str) -> Dataset:
 
 
 def _read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def reject(got: str, remedy: str = "") -> InputError:
+        return InputError(
+            f"{path}: expected an .npz archive with arrays x and y; {got}. "
+            f"{remedy or 'Save one with numpy.savez(PATH, x=inputs, y=classes).'}"
+        )
+
+    if path.is_dir():
+        raise reject("it is a directory")
     if not path.is_file():
         raise InputError(
             f"{path}: expected an .npz file, or the name 'digits'; there is no such file. Save one "
             "with numpy.savez(PATH, x=inputs, y=classes)."
         )
     try:
-        # Opened here, because numpy leaves a file open that it fails to read.
+        # Opened and looked at here: numpy leaves a file open that it fails to read, and its advice
+        # for what is no archive is to load it unsafely.
         with path.open("rb") as file:
+            if file.read(len(NPY)) == NPY:
+                raise reject("it is a single .npy array")
+            if not zipfile.is_zipfile(file):
+                raise reject("it is not an .npz archive, or one that was cut short")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(
-                    f"{path}: expected an .npz archive with arrays x and y; got a single .npy "
-                    "array. Save both with numpy.savez(PATH, x=inputs, y=classes)."
-                )
             missing = [name for name in ("x", "y") if name not in archive.files]
             if missing:
-                raise InputError(
-                    f"{path}: expected arrays named x and y; got "
-                    f"{', '.join(archive.files) or 'none'}. Save them with "
-                    "numpy.savez(PATH, x=inputs, y=classes)."
-                )
-            return archive["x"], archive["y"]
+                raise reject(f"it holds {', '.join(archive.files) or 'none'}")
+            return _member(archive, "x", reject), _member(archive, "y", reject)
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: expected an .npz file of plain numeric arrays; numpy cannot read it "
-            f"({error}). Save it with numpy.savez(PATH, x=inputs, y=classes), numbers only."
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise reject(f"it cannot be read ({error})") from error
+
+
+def _member(archive: Any, name: str, reject: Callable[[str, str], InputError]) -> npt.NDArray[Any]:
+    try:
+        array = archive[name]
+    except ValueError as error:
+        # An array of Python objects is a pickle, which may run any code when it is loaded.
+        if "allow_pickle" not in str(error):
+            raise
+        raise reject(
+            f"{name} holds Python objects, not plain numbers",
+            f"Save numbers only: inputs with x.astype('float64'), labels as {NUMBERED}.",
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise reject(f"{name} in it is no array", "")
+    return array
 
 
 def _checked(
@@ -122,6 +160,8 @@ def _checked(
             f"shape {x.shape} of {x.dtype}",
             "Make it 2-D or more, for example with x.reshape(len(x), -1).",
         )
+    if y.ndim == 1 and y.dtype.kind in "SU":
+        raise reject("y to be whole-number classes", "words", f"Number them with {NUMBERED}.")
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise reject(
             "y to be 1-D whole-number classes",
@@ -165,13 +205,7 @@ def _prepare(name: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Dataset:
         stratify=classes,
         random_state=SPLIT_SEED,
     )
-    reference = x[train].astype(np.float64)
-    centre, scale = reference.mean(), reference.std()
-    if not scale > 0:
-        raise InputError(
-            f"{name}: expected inputs that differ; those of the training part are all {centre:g}. "
-            "Check how x was made."
-        )
+    centre, scale, scaling = _scale(name, x[train].astype(np.float64))
     scaled = ((x - centre) / scale).astype(np.float32)
     parts = (
         scaled[train],
@@ -183,4 +217,28 @@ def _prepare(name: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Dataset:
     for part in parts:
         digest.update(str((part.shape, part.dtype.str)).encode())
         digest.update(np.ascontiguousarray(part).tobytes())
-    return Dataset(name, digest.hexdigest(), len(labels), *parts)
+    return Dataset(name, digest.hexdigest(), scaling, len(labels), *parts)
+
+
+def _scale(
+    name: str, reference: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
+    """Return the mean, the standard deviation and the sentence on them, from the training rows."""
+    constant = (reference == reference[0]).all(0)
+    if constant.all():
+        raise InputError(
+            f"{name}: expected inputs that differ; the rows of the training part are all alike. "
+            "Check how x was made."
+        )
+    if reference.ndim > 2:
+        sentence = (
+            "One mean and one standard deviation, of all training inputs together, scale every "
+            "input."
+        )
+        return reference.mean(), reference.std(), sentence
+    sentence = "Each column is scaled by its own mean and standard deviation over the training rows"
+    if idle := int(constant.sum()):
+        sentence += f"; {counted(idle, 'column')} that never changed there: only shifted"
+    # Asked of the values themselves: rounding can leave a constant column a deviation above zero.
+    scale = np.where(constant, 1.0, reference.std(0))
+    return reference.mean(0), scale, f"{sentence}."

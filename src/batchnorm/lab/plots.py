@@ -7,6 +7,7 @@ phone and scaled up elsewhere, so their text is never smaller than drawn there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 # The report swaps these two, and the colours of the series, for those of the reader's light or dark
@@ -130,6 +132,7 @@ def sweep(
     panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float | None]]]],
     *,
     horizon: float,
+    horizon_label: str,
     chosen: Mapping[tuple[str, str], float],
     xlabel: str,
     ylabel: str,
@@ -139,6 +142,7 @@ def sweep(
     Args:
         panels: For each panel title and series name, the seeds' values at each learning rate.
         horizon: What a value of None counts as.
+        horizon_label: What it means to be there.
         chosen: The learning rates to ring, by panel title and series name.
         xlabel: Label of the horizontal axis.
         ylabel: Label of the vertical axis.
@@ -175,6 +179,16 @@ def sweep(
                     markeredgewidth=1.2,
                 )
         axes.axhline(horizon, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            horizon_label,
+            (1, horizon),
+            (0, 5),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+        )
+        axes.margins(y=0.14)  # room for the label below the title
         axes.set(xscale="log", yscale="log", ylabel=ylabel, title=title)
         axes.xaxis.set_major_formatter(_plain)
         _steps_of_a_decade(axes)
@@ -189,12 +203,14 @@ def quantile_panels(
     """Draw quantiles by step, one panel a series, all on one scale, with labels at the lines."""
     figure = Figure((WIDTH, 0.6 + 2.3 * len(panels)))
     grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    labels: list[list[Annotation]] = []
     for axes, look, (title, (x, quantiles)) in zip(grid, LOOKS, panels.items(), strict=False):
+        labels.append([])
         for name, rows in quantiles.items():
             low, middle, high = summary(rows)
             axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
             axes.plot(x, middle, color=look.colour, linestyle=look.dash, linewidth=1.3)
-            axes.annotate(
+            label = axes.annotate(
                 name,
                 (x[-1], middle[-1]),
                 (4, 0),
@@ -203,9 +219,35 @@ def quantile_panels(
                 fontsize=9,
                 annotation_clip=False,
             )
+            if math.isfinite(middle[-1]):
+                labels[-1].append(label)
         axes.set(title=title, ylabel=ylabel)
     grid[-1].set_xlabel(xlabel)
+    # Only a figure that is laid out knows how many points lie between two lines.
+    figure.draw_without_rendering()
+    for axes, panel in zip(grid, labels, strict=False):
+        heights = [float(axes.transData.transform(label.xy)[1]) for label in panel]
+        heights = [height * 72 / figure.dpi for height in heights]
+        for label, height, free in zip(panel, heights, apart(heights, 10), strict=True):
+            label.set_position((4, free - height))
     return figure
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Move places as far as need be to lie `gap` from each other, in their order.
+
+    The middle one stays.
+
+    >>> apart([5.0, 0.0, 1.0], 10)
+    [11.0, -9.0, 1.0]
+    """
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved, centre = list(places), len(places) // 2
+    for below, above in itertools.pairwise(order[centre:]):
+        moved[above] = max(moved[above], moved[below] + gap)
+    for above, below in itertools.pairwise(order[centre::-1]):
+        moved[below] = min(moved[below], moved[above] - gap)
+    return moved
 
 
 def by_layer(series: Mapping[str, Rows], *, xlabel: str, ylabel: str) -> Figure:

@@ -20,6 +20,9 @@ TEMPLATE = "report.template.html"
 # 5.2 inches then are 936 pixels: sharp on a dense screen, and small enough to be kept in git.
 PNG_DPI = 180
 
+# Points; also the radius of the card's corners.
+CARD_PADDING = 10
+
 
 def build(directory: Path) -> Path:
     """Write report.html and figures/ into a directory with a results.json; return the page's path.
@@ -32,11 +35,11 @@ def build(directory: Path) -> Path:
     verdict["differences"] = tuple(verdict["differences"])
     with plots.style():
         pictures = found.experiment.figures(found.settings, found.runs)
-        drawings = [_svg(picture, transparent=True) for picture in pictures]
+        drawings = [_svg(picture) for picture in pictures]
         folder = directory / "figures"
         folder.mkdir(exist_ok=True)
         for picture in pictures:
-            write_atomically(folder / f"{picture.name}.svg", _svg(picture, transparent=False))
+            write_atomically(folder / f"{picture.name}.svg", _card(_svg(picture)))
             write_atomically(folder / f"{picture.name}.png", _png(picture))
     template = importlib.resources.files("batchnorm.lab").joinpath(TEMPLATE)
     page = jinja2.Environment(
@@ -57,16 +60,28 @@ def build(directory: Path) -> Path:
     return path
 
 
-def _svg(picture: Picture, *, transparent: bool) -> str:
+def _svg(picture: Picture) -> str:
     buffer = io.StringIO()
     picture.figure.savefig(
         buffer,
         format="svg",
-        facecolor="none" if transparent else "white",
+        facecolor="none",
         # A date would make two builds differ.
         metadata={"Date": None, "Title": picture.title},
     )
     return buffer.getvalue()
+
+
+def _card(svg: str) -> str:
+    """Return an SVG file that stands by itself: on a white card, for pages that may be dark."""
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt" viewBox="[^"]*"', svg)
+    assert size  # noqa: S101 - matplotlib always writes it
+    width, height = (float(number) + 2 * CARD_PADDING for number in size.groups())
+    place = f'x="{-CARD_PADDING}" y="{-CARD_PADDING}" width="{width:g}" height="{height:g}"'
+    view = f"{-CARD_PADDING} {-CARD_PADDING} {width:g} {height:g}"
+    svg = svg.replace(size[0], f'width="{width:g}pt" height="{height:g}pt" viewBox="{view}"', 1)
+    card = f' <rect {place} rx="{CARD_PADDING}" style="fill: #ffffff"/>\n'
+    return svg.replace(" <defs>", f"{card} <defs>", 1)
 
 
 def _png(picture: Picture) -> bytes:

@@ -11,6 +11,7 @@ from batchnorm.lab import data as datasets
 from batchnorm.lab import results, runner
 from batchnorm.lab.experiments import find
 from batchnorm.lab.store import Store
+from batchnorm.lab.words import counted
 
 RUNS = "runs"
 
@@ -76,8 +77,35 @@ def run(
 
 
 def write_report(directory: str | Path) -> Path:
-    """Make report.html and figures/ from `directory`/results.json; return the report's path."""
+    """Make report.html and figures/ from `directory`/results.json; return the report's path.
+
+    The path of results.json itself will do as well.
+    """
     # Plotting takes a second to import; workers and `lab list` have no use for it.
     from batchnorm.lab import report
 
-    return report.build(Path(directory))
+    path = Path(directory)
+    is_results = path.name == results.FILE and not path.is_dir()
+    return report.build(path.parent if is_results else path)
+
+
+def default_directory(name: str, *, profile: str, seeds: int | None, data: str) -> str:
+    """Return a directory name for a run that says how it differs from the plain one.
+
+    Another data set, profile or number of seeds is other evidence, and must not overwrite the
+    first.
+
+    >>> default_directory("convergence", profile="quick", seeds=8, data="digits")
+    'convergence'
+    >>> default_directory("convergence", profile="full", seeds=3, data="my/wine.npz")
+    'convergence-full-wine-3-seeds'
+    """
+    profiles = find(name).profiles
+    parts = [name]
+    if profile != "quick":
+        parts.append(profile)
+    if data != "digits":
+        parts.append(Path(data).stem)
+    if seeds is not None and profile in profiles and seeds != profiles[profile].seeds:
+        parts.append(counted(seeds, "seed").replace(" ", "-"))
+    return "-".join(parts)

@@ -8,7 +8,9 @@ The special cases, decided once:
 
 - A tie (difference zero) counts for neither side, but still counts among the seeds.
 - A run that never reached its threshold is censored: `None`, counted as the horizon. A pair with
-  both sides censored is a tie.
+  both sides censored is a tie. An arm with every run censored makes the mean difference a bound
+  and its standard error no measure of seeds; the rule is applied all the same, and the sentence
+  says so.
 - Differences that are all equal have a standard error of zero; any mean but zero is then further
   than 2 of them away, and the sign rule decides.
 - Fewer than two pairs have no standard error: unresolved.
@@ -26,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import ArgumentError
+from batchnorm.lab.words import counted
 
 REPRODUCED = "reproduced"
 CONTRADICTED = "contradicted"
@@ -33,8 +36,11 @@ UNRESOLVED = "unresolved"
 
 STANDARD_ERRORS = 2.0
 
-# 2 million normal draws estimate a rate of 2 % from 8 seeds to ±0.03 points, in about 50 ms.
+# 2 million normal draws estimate a rate of 2% from 8 seeds to ±0.03 points, in about 50 ms.
 NULL_DRAWS = 2_000_000
+
+# With fewer, the rule is so easily met by chance that the reader must be told how easily.
+ENOUGH_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,27 @@ class Verdict:
 
     def would_change(self) -> tuple[str, ...]:
         """Say what results, with these seeds, would have made the outcome another one."""
-        may_disagree = self.pairs - self.needed
-        lines = [
-            f"With {self.pairs} seeds at most {may_disagree} may disagree or tie; here "
-            f"{self.pairs - max(self.right, self.wrong)} did."
-        ]
-        if self.standard_error is not None:
-            lines.append(
-                f"A mean difference within ±{STANDARD_ERRORS * self.standard_error:.3g} "
-                f"{self.unit} of zero would be unresolved; here it is {self.mean:+.3g}."
-            )
-            lines.append(
-                "If there were no effect at all, and seeds differed as normal draws do, the rule "
-                f"would still say “reproduced” in {self.false_rate:.1%} of repetitions with "
-                f"{self.pairs} seeds."
-            )
-        else:
-            lines.append("At least 2 seeds are needed for any verdict.")
-        return tuple(lines)
+        if self.standard_error is None:
+            return ("At least 2 seeds are needed for any verdict.",)
+        return (
+            f"With {self.pairs} seeds at most {self.pairs - self.needed} may disagree or tie; here "
+            f"{self.pairs - max(self.right, self.wrong)} did.",
+            f"A mean difference within ±{STANDARD_ERRORS * self.standard_error:.3g} {self.unit} of "
+            f"zero would be unresolved; here it is {self.mean:+.3g}.",
+            "If there were no effect at all, and seeds differed as normal draws do, the rule would "
+            f"still say “reproduced” in {self.false_rate:.1%} of repetitions with {self.pairs} "
+            "seeds.",
+        )
+
+    def caveats(self) -> tuple[str, ...]:
+        """Return what must stand beside the outcome: how easily so few seeds agree by chance."""
+        if not 2 <= self.pairs < ENOUGH_SEEDS:
+            return ()
+        return (
+            f"{self.pairs} seeds are few: with no effect at all the rule would still say "
+            f"“reproduced” in {self.false_rate:.1%} of repetitions; with {ENOUGH_SEEDS} seeds, in "
+            f"{false_rate(ENOUGH_SEEDS):.1%}.",
+        )
 
 
 def needed(pairs: int) -> int:
@@ -102,6 +111,7 @@ def judge(
     unit: str,
     horizon: float | None = None,
     higher_is_better: bool = False,
+    names: tuple[str, str] = ("control", "treated"),
 ) -> Verdict:
     """Judge the claim that `treated` is better than `control`, paired by position.
 
@@ -111,6 +121,7 @@ def judge(
         unit: What the values count, for the sentence ("steps").
         horizon: The value that stands for a censored run.
         higher_is_better: Whether a larger value is the better one.
+        names: What the sentence calls the two.
 
     Raises:
         ArgumentError: The two differ in length, a value is not finite, or a run is censored and
@@ -131,17 +142,19 @@ def judge(
         "wrong": int((differences < 0).sum()),
         "tied": int((differences == 0).sum()),
     }
+    censored = [sum(value is None for value in values) for values in (control, treated)]
+    arms = dict(zip(names, censored, strict=True))
     outcome = {1: REPRODUCED, -1: CONTRADICTED, 0: UNRESOLVED}[int(_direction(differences))]
     return Verdict(
         outcome=outcome,
-        sentence=_sentence(unit, pairs, mean, error, counts),
+        sentence=_sentence(unit, pairs, mean, error, counts, horizon, arms),
         unit=unit,
         differences=tuple(float(d) for d in differences),
         mean=mean,
         standard_error=error,
         needed=needed(pairs),
-        censored_control=sum(value is None for value in control),
-        censored_treated=sum(value is None for value in treated),
+        censored_control=censored[0],
+        censored_treated=censored[1],
         false_rate=false_rate(pairs),
         **counts,
     )
@@ -197,20 +210,49 @@ def _sentence(
     mean: float,
     error: float | None,
     counts: dict[str, int],
+    horizon: float | None,
+    censored: dict[str, int],
 ) -> str:
     if error is None:
         return (
-            f"{pairs} paired seed{'' if pairs == 1 else 's'} cannot show how much seeds differ; "
-            "the rule needs at least 2."
+            f"{counted(pairs, 'paired seed')} cannot show how much seeds differ; the rule needs at "
+            "least 2."
+        )
+    strength = _strength(unit, pairs, mean, error, horizon, censored)
+    ties = f", {counts['tied']} tied" if counts["tied"] else ""
+    return (
+        f"{counts['right']} of {pairs} paired seeds went the claim's way and {counts['wrong']} "
+        f"against it{ties}; {needed(pairs)} must agree. {strength}"
+    )
+
+
+def _strength(
+    unit: str,
+    pairs: int,
+    mean: float,
+    error: float,
+    horizon: float | None,
+    censored: dict[str, int],
+) -> str:
+    """Say how far the mean is from zero, or why its standard error cannot tell."""
+    never = [name for name, count in censored.items() if count == pairs]
+    within = f"within {horizon:g} {unit}" if horizon is not None else ""
+    if len(never) == 2:
+        return f"No run of either got there {within}, so there is no difference to measure."
+    if never:
+        sometimes = any(0 < count < pairs for count in censored.values())
+        return (
+            f"None of the {never[0]} runs got there {within}, so the mean difference of "
+            f"{mean:+.3g} {unit}, positive for the claim, "
+            f"{'hangs on where they were stopped' if sometimes else 'is a lower bound in size'}, "
+            "and its standard error says nothing about how much seeds differ."
         )
     distance = (
         f"{abs(mean) / error:.1f} standard errors, and more than {STANDARD_ERRORS:g} are needed"
         if error
         else "every seed gave the same"
     )
-    ties = f", {counts['tied']} tied" if counts["tied"] else ""
     return (
-        f"{counts['right']} of {pairs} paired seeds went the claim's way and {counts['wrong']} "
-        f"against it{ties}; {needed(pairs)} must agree. The mean difference, positive for the "
-        f"claim, is {mean:+.3g} {unit} with a standard error of {error:.2g}: {distance}."
+        f"The mean difference, positive for the claim, is {mean:+.3g} {unit} with a standard error "
+        f"of {error:.2g}: {distance}."
     )

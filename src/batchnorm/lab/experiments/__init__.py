@@ -24,6 +24,7 @@ Raise `recipe` when `run` changes its meaning: finished runs of the old recipe a
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -126,8 +127,10 @@ def find(name: str) -> Experiment[Any, Any]:
     """Return the experiment of that name, or raise ArgumentError with the names there are."""
     known = discover()
     if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(
-            f"There is no experiment called {name!r}. Expected one of: {', '.join(known)}. "
+            f"There is no experiment called {name!r}.{hint} Expected one of: {', '.join(known)}. "
             "`batchnorm lab list` says what each one tests."
         )
     return known[name]

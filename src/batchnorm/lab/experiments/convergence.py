@@ -21,6 +21,7 @@ from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Picture, Run, Settings, Table
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
 from batchnorm.lab.verdict import judge
+from batchnorm.lab.words import compared, counted
 
 PLAIN, NORMALIZED = ARMS = ("plain", "BatchNorm")
 PERCENTILES = (15, 50, 85)  # those of the paper's figure 1b, c
@@ -191,6 +192,15 @@ def plan(settings: ConvergenceSettings, runs: Runs) -> list[ConvergenceTrial]:
 # What the runs say
 
 
+def seconds_to(threshold: float, run: Run[ConvergenceTrial]) -> float:
+    """Return the run's own training time to the threshold; of all its steps if it never got there.
+
+    Steps × the median step, not a sum of the clock: one hiccup of the machine must not decide.
+    """
+    steps = steps_to(threshold, run) or run.measured["step"][-1]
+    return float(steps * run.timing["step_ms"] / 1000)
+
+
 def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
     """Judge steps to the threshold, each arm at its own best init and learning rate."""
     level = f"{settings.threshold:.0%}"
@@ -203,36 +213,45 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
         middle, never = statistics.median(steps), reached[arm].count(None)
         beyond = 2 * never > len(steps)
         reach = f"{steps[0]}–{'>' if never else ''}{steps[-1]}" if never < len(steps) else "all"
+        spread = f" ({reach})" if len(steps) > 1 else ""
+        mark = ">" if beyond else ""
+        accuracy = statistics.fmean(r.measured["accuracy"][-1] for r in best[arm])
+        step_ms = statistics.median(r.timing["step_ms"] for r in best[arm])
+        seconds = statistics.median(seconds_to(settings.threshold, r) for r in best[arm])
         took[arm] = f"{'more than ' if beyond else ''}{middle:g} steps"
         rows.append(
-            (
-                arm,
-                f"{trial.rate:g}",
-                trial.init,
-                f"{'>' if beyond else ''}{middle:g} ({reach})",
-                f"{len(steps) - never} of {len(steps)}",
-                f"{statistics.fmean(r.measured['accuracy'][-1] for r in best[arm]):.1%}",
-                f"{statistics.median(r.timing['step_ms'] for r in best[arm]):.2f}",
-            )
+            {
+                "network": arm,
+                "rate": f"{trial.rate:g}",
+                "init": trial.init,
+                f"steps to {level}": f"{mark}{middle:g}{spread}",
+                "reached": f"{len(steps) - never} of {len(steps)}",
+                "accuracy": f"{accuracy:.1%}",
+                "ms/step": f"{step_ms:.2f}",
+                f"s to {level}": f"{mark}{seconds:.3f}",
+            }
         )
         if caveat := tuning.edge(trial, settings.rates):
             caveats.append(caveat)
         if never:
             caveats.append(
-                f"{never} of {len(steps)} runs of the {arm} network never got to {level}; they "
-                f"count as {settings.steps} steps, which is less than they needed."
+                f"{never} of {counted(len(steps), 'run')} of the {arm} network never got to "
+                f"{level}; counted as {settings.steps} steps, which is less than needed."
             )
+    verdict = judge(
+        reached[PLAIN], reached[NORMALIZED], unit="steps", horizon=settings.steps, names=ARMS
+    )
+    # Where there was one init, the recipe names it, and a terminal has the more room.
+    columns = tuple(key for key in rows[0] if key != "init" or len(settings.inits) > 1)
+    medians = "medians of " if settings.seeds > 1 else ""
     return Findings(
         summary=(
             f"To reach {level} test accuracy, the plain network took {took[PLAIN]}, the one with "
-            f"BatchNorm {took[NORMALIZED]}: medians of {settings.seeds} seeds, each network at its "
-            "own best learning rate."
+            f"BatchNorm {took[NORMALIZED]}: {medians}{counted(settings.seeds, 'seed')}, each "
+            "network at its own best learning rate."
         ),
-        verdict=judge(reached[PLAIN], reached[NORMALIZED], unit="steps", horizon=settings.steps),
-        table=Table(
-            ("network", "rate", "init", f"steps to {level}", "got there", "accuracy", "ms/step"),
-            tuple(rows),
-        ),
+        verdict=verdict,
+        table=Table(columns, tuple(tuple(row[column] for column in columns) for row in rows)),
         recipe=(
             f"{settings.depth} hidden layers of {settings.width} sigmoid units; batches of "
             f"{settings.batch}; plain SGD at a constant rate on the cross-entropy, "
@@ -241,13 +260,14 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
             "Both networks of a seed start from the same normal draws and see the same batches.",
             f"Scale of the initial weights: {', '.join(settings.inits)}. Learning rates: "
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}. Both are tuned for each network "
-            f"by itself, {settings.tuning_seeds} seeds for each pair; fewest mean steps wins.",
-            f"The verdict comes from {settings.seeds} other seeds. What counts is the first step "
-            f"with a test accuracy of {level} or more, looked at every {settings.every} steps in "
-            f"eval mode, with running statistics. A run that never gets there counts as "
-            f"{settings.steps} steps.",
+            f"by itself, {counted(settings.tuning_seeds, 'seed')} for each pair; fewest mean steps "
+            "win, and between equals the better mean final accuracy.",
+            f"The verdict comes from {counted(settings.seeds, 'other seed')}. What counts is the "
+            f"first step with a test accuracy of {level} or more, looked at every "
+            f"{settings.every} steps in eval mode, with running statistics. A run that never gets "
+            f"there counts as {settings.steps} steps.",
         ),
-        caveats=tuple(caveats),
+        caveats=(*caveats, *verdict.caveats()),
         not_shown=(
             "Anything about convolutional networks or large data. The paper's factor of 14 was "
             "found with an Inception network on ImageNet; this run neither confirms nor denies it.",
@@ -272,14 +292,16 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
     corners = {arm: (best[arm][0].trial.init, best[arm][0].trial.rate) for arm in ARMS}
     x = best[PLAIN][0].measured["step"]
     level = f"{settings.threshold:.0%}"
-    bands = f"Lines: median of {settings.seeds} seeds; bands: lowest to highest seed."
+    seeds = counted(settings.seeds, "seed")
+    many = settings.seeds > 1
+    bands = f"Lines: median of {seeds}; bands: lowest to highest seed." if many else "One seed."
 
-    def quantiles(name: str, seeds: int) -> Any:
+    def quantiles(name: str, first: int) -> Any:
         def rows(arm: str, i: int) -> plots.Rows:
-            return [[point[i] for point in r.measured[name]] for r in best[arm][:seeds]]
+            return [[point[i] for point in r.measured[name]] for r in best[arm][:first]]
 
         return {
-            arm: (x, {f"{p} %": rows(arm, i) for i, p in enumerate(PERCENTILES)}) for arm in ARMS
+            arm: (x, {f"{p}%": rows(arm, i) for i, p in enumerate(PERCENTILES)}) for arm in ARMS
         }
 
     def swept(init: str, arm: str, rate: float) -> list[int | None]:
@@ -301,7 +323,11 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
         for arm in ARMS
     }
     clock = {arm: [r.timing["step_ms"] for r in best[arm]] for arm in ARMS}
-    slower = statistics.median(clock[NORMALIZED]) / statistics.median(clock[PLAIN])
+    step_ms = {arm: statistics.median(clock[arm]) for arm in ARMS}
+    slower = compared(
+        step_ms[NORMALIZED] / step_ms[PLAIN], "as long as", "less time than", "as long as"
+    )
+    apart = {arm: compared(spread[arm], "larger", "smaller", "as large") for arm in ARMS}
     return [
         Picture(
             "accuracy",
@@ -328,6 +354,7 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
             plots.sweep(
                 {f"initial weights: {init}": arms for init, arms in panels.items()},
                 horizon=settings.steps,
+                horizon_label=f"not reached in {settings.steps} steps",
                 chosen={(f"initial weights: {i}", arm): r for arm, (i, r) in corners.items()},
                 xlabel="learning rate",
                 ylabel=f"steps to {level}",
@@ -354,9 +381,9 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
             "gradients",
             "Gradient norm by layer at the first step",
             "Layer 1 is next to the data. A steep line means that the layers learn at very "
-            f"different speeds: the last layer's gradient is {spread[PLAIN]:.3g} times the first "
-            f"one's in the plain network, {spread[NORMALIZED]:.3g} times with BatchNorm. Marks: "
-            f"median of {settings.seeds} seeds; strokes: lowest to highest seed.",
+            f"different speeds: against the first layer's, the last one's gradient is "
+            f"{apart[PLAIN]} in the plain network and {apart[NORMALIZED]} with BatchNorm. "
+            + (f"Marks: median of {seeds}; strokes: lowest to highest seed." if many else bands),
             plots.by_layer(
                 norms, xlabel="layer", ylabel="norm of the loss's gradient\nby the weights"
             ),
@@ -364,11 +391,13 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
         Picture(
             "time",
             "Time per step",
-            f"A step with BatchNorm took {slower:.2f} times as long as a plain one, on one CPU "
-            "thread, while other runs kept the other cores busy. A network this small measures "
-            "the cost of calls more than that of arithmetic: expect another ratio from a larger "
-            f"one. A mark is the median over the steps of a seed, {settings.seeds} seeds; a stroke "
-            "is their median.",
+            f"A step with BatchNorm took {slower} a plain one: {step_ms[NORMALIZED]:.2f} ms and "
+            f"{step_ms[PLAIN]:.2f} ms, on one CPU thread, beside whatever else the machine did "
+            "(with several jobs, other runs). The ratio is that of this library's layer as it is "
+            "now, at a size where the cost of calls dominates that of arithmetic: expect another "
+            f"one from a larger network. The table's “s to {level}” is the median over runs of "
+            f"steps × the run's own ms/step. A mark is the median over the steps of a seed, {seeds}"
+            f"{'; a stroke is their median' if many else ''}.",
             plots.strips(clock, xlabel="milliseconds per training step"),
         ),
     ]
