@@ -170,7 +170,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(reference, tmp_path, number
     arguments = ["lab", "run", "--profile", "tiny", "--jobs", "2", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        # Ten runs that take seconds at least: none of them may be over before the signal comes.
+        env={**os.environ, "PYTHONPATH": str(TESTS), "LAB_TINY_PAUSE_S": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

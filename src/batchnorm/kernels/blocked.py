@@ -25,7 +25,7 @@ BLOCK = 1 << 17
 
 #: Elsewhere blocks only bound the memory of the temporaries, to 128 MB each in float64; smaller
 #: ones would leave the device waiting for launches.
-DEVICE_BLOCK = 1 << 24
+DEVICE_BLOCK = 1 << 24  # mutant: needs such a device
 
 
 def block_size(x: Tensor) -> int:

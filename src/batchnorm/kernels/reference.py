@@ -215,7 +215,7 @@ def tangent(
     x_hat = normalized(x, mean, var, eps=eps, channel_dim=channel_dim)
     z_dot = torch.zeros_like(x_hat)
     if x_dot is not None:
-        x_dot = x_dot.to(mean.dtype)
+        x_dot = x_dot.to(mean.dtype)  # mutant: precision of a sum in float32
         hat_dot = x_dot
         if count is not None:
             share, lever = x_dot, x_hat * x_dot

@@ -86,7 +86,15 @@ def read(directory: Path) -> Results:
                 f"{__version__}."
             )
         results = Results(find(content["experiment"]["name"]), content)
-        _ = results.runs, results.settings
+        planned = results.experiment.plan(results.settings, results.runs)
+        missing = len(set(planned) - {run.trial for run in results.runs})
+        if missing:
+            raise InputError(
+                f"{path}: expected every planned run; {missing} of {len(planned)} are missing. "
+                "Give the run command again: it rewrites the file from the finished runs."
+            )
+        for part in ("command", "profile", "seeds", "data", "environment", "findings"):
+            _ = content[part]
     except FileNotFoundError as error:
         raise InputError(
             f"{directory}: expected a directory that `batchnorm lab run` has filled; there is no "
@@ -113,8 +121,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         **versions,
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        # Not the kernel's build: it says nothing about results, and much about the machine.
+        "platform": f"{platform.system()} {platform.machine()}",
         "cores": joblib.cpu_count(),
         "device": "cpu",
         "threads_per_run": 1,

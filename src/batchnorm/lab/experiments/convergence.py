@@ -211,7 +211,8 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
         trial = best[arm][0].trial
         steps = sorted(step or settings.steps for step in reached[arm])
         middle, never = statistics.median(steps), reached[arm].count(None)
-        beyond = 2 * never > len(steps)
+        # Of an even number the median is a mean of two: one that is censored makes it a bound.
+        beyond = 2 * never >= len(steps)
         reach = f"{steps[0]}–{'>' if never else ''}{steps[-1]}" if never < len(steps) else "all"
         spread = f" ({reach})" if len(steps) > 1 else ""
         mark = ">" if beyond else ""
@@ -244,11 +245,12 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
     # Where there was one init, the recipe names it, and a terminal has the more room.
     columns = tuple(key for key in rows[0] if key != "init" or len(settings.inits) > 1)
     medians = "medians of " if settings.seeds > 1 else ""
+    tuned = "pair of init and learning rate" if len(settings.inits) > 1 else "learning rate"
     return Findings(
         summary=(
             f"To reach {level} test accuracy, the plain network took {took[PLAIN]}, the one with "
             f"BatchNorm {took[NORMALIZED]}: {medians}{counted(settings.seeds, 'seed')}, each "
-            "network at its own best learning rate."
+            f"network at the best {tuned} of those tried for it."
         ),
         verdict=verdict,
         table=Table(columns, tuple(tuple(row[column] for column in columns) for row in rows)),
@@ -259,9 +261,9 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
             "One network is plain; the other has BatchNorm before each sigmoid, and no bias there. "
             "Both networks of a seed start from the same normal draws and see the same batches.",
             f"Scale of the initial weights: {', '.join(settings.inits)}. Learning rates: "
-            f"{', '.join(f'{rate:g}' for rate in settings.rates)}. Both are tuned for each network "
-            f"by itself, {counted(settings.tuning_seeds, 'seed')} for each pair; fewest mean steps "
-            "win, and between equals the better mean final accuracy.",
+            f"{', '.join(f'{rate:g}' for rate in settings.rates)}. The {tuned} is tuned for each "
+            f"network by itself, {counted(settings.tuning_seeds, 'seed')} for each; fewest mean "
+            "steps win, and between equals the better mean final accuracy.",
             f"The verdict comes from {counted(settings.seeds, 'other seed')}. What counts is the "
             f"first step with a test accuracy of {level} or more, looked at every "
             f"{settings.every} steps in eval mode, with running statistics. A run that never gets "
@@ -333,7 +335,7 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
             "accuracy",
             "Test accuracy by step",
             f"See where each line crosses the dotted one at {level}, and where it ends. {bands} "
-            "Each network is at its own best learning rate: "
+            "Each network is at the best learning rate tried for it: "
             f"{' and '.join(f'{rate:g} ({arm})' for arm, (_, rate) in corners.items())}.",
             plots.curves(
                 {arm: (x, [r.measured["accuracy"] for r in best[arm]]) for arm in ARMS},
@@ -380,9 +382,10 @@ def figures(settings: ConvergenceSettings, runs: Runs) -> list[Picture]:
         Picture(
             "gradients",
             "Gradient norm by layer at the first step",
-            "Layer 1 is next to the data. A steep line means that the layers learn at very "
-            f"different speeds: against the first layer's, the last one's gradient is "
-            f"{apart[PLAIN]} in the plain network and {apart[NORMALIZED]} with BatchNorm. "
+            "Layer 1 is next to the data. A line that climbs means that little of the gradient "
+            "gets back to the first layers: against the first layer's, the last one's is "
+            f"{apart[PLAIN]} in the plain network and {apart[NORMALIZED]} with BatchNorm. (The "
+            "layers' matrices differ in size, so a level line is no law.) "
             + (f"Marks: median of {seeds}; strokes: lowest to highest seed." if many else bands),
             plots.by_layer(
                 norms, xlabel="layer", ylabel="norm of the loss's gradient\nby the weights"
