@@ -125,3 +125,18 @@ def test_nan_in_what_is_left_out_reaches_no_derivative(mask_kind):
         dirty = derivatives(torch.where(where, clean, junk))
         for got, want in zip(dirty, derivatives(clean), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_from_above_is_no_gradient_below():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y * 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    x = torch.randn(6, 2, requires_grad=True)
+    Stop.apply(batch_norm(x, None, None, training=True)).sum().backward()
+    assert x.grad is None
