@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from batchnorm import backends, batch_norm
 from batchnorm.kernels import select
@@ -28,6 +29,33 @@ def test_evaluation_looks_at_the_offset_of_the_running_statistics():
     assert y.grad_fn.backend == "reference"
 
 
+def test_planes_too_large_for_torchs_backward_go_to_the_reference():
+    """Forward by torch, backward from its statistics, widened: float32 sums would be 1e-5 off."""
+    x = torch.randn(2, 3, 80, 80)
+    dy = torch.ones(2, 3, 80, 80)
+    weight, bias = torch.randn(3), torch.randn(3)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = batch_norm(leaves[0], None, None, *leaves[1:], True)
+        gradients.append(torch.autograd.grad(y, leaves, dy.to(dtype)))
+    assert y.grad_fn is not None
+    assert backend(torch.randn(2, 3, 80, 80)) == "aten"
+    (dx, dweight, dbias), want = gradients
+    assert torch.equal(dbias, torch.full((3,), 12800.0))
+    # dx and dγ of a constant dy are zero but for the rounding of the saved mean, |m| · 2⁻²⁴ < 1e-8
+    # of 12800 values for dγ, and of their mean for dx.
+    torch.testing.assert_close(dweight.double(), want[1], rtol=0, atol=2e-4)
+    torch.testing.assert_close(dx.double(), want[0], rtol=0, atol=2e-8)
+
+
+def test_report_reads_as_a_sentence():
+    backend = select.Backend("fast", True, "everything", "it can")
+    assert str(backend) == "fast: serves everything. Why: it can."
+    backend = select.Backend("fast", False, "everything", "no compiler was found")
+    assert str(backend).startswith("fast: not available; would serve everything. Why: no")
+
+
 def test_report_names_what_serves():
     names = {b.name for b in backends() if b.available}
     assert {backend(torch.randn(8, 6)), backend(torch.randn(8, 6).double())} == names
@@ -39,6 +67,8 @@ def test_concrete():
     assert select.concrete(torch.nn.Parameter(torch.randn(3)))
     assert not select.concrete(torch.empty(3, device="meta"))
     assert not select.eager(torch.empty(3, device="meta"))
+    with FakeTensorMode():
+        assert not select.eager(torch.empty(3))
     seen = []
     torch.func.vmap(lambda t: seen.append(select.concrete(t)) or t)(torch.randn(2, 3))
     torch.func.grad(lambda t: (seen.append(select.concrete(t)), t.sum())[1])(torch.randn(3))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import oracle
-from batchnorm import BatchNorm, NonFiniteWarning, batch_norm
+from batchnorm import BatchNorm, InputError, NonFiniteWarning, batch_norm
 
 
 def test_training_with_a_mask_uses_what_counts_only():
@@ -114,6 +114,23 @@ def test_an_activation_module_is_part_of_the_layer():
     assert bn.activation.weight.grad.abs().sum() > 0
 
 
+def test_the_innermost_layer_names_itself_in_an_error():
+    net = nn.Sequential(BatchNorm(3, activation=BatchNorm(4)))
+    with pytest.raises(InputError) as caught:
+        net(torch.randn(6, 3))
+    assert str(caught.value).count("layer '") == 1
+    assert "layer '0.activation'" in str(caught.value)
+
+
+def test_buffers_taken_away():
+    """To normalise by the batch in evaluation too, people set torch's buffers to None."""
+    bn = BatchNorm(3)
+    bn.running_mean = bn.running_var = None
+    x = torch.randn(5, 3)
+    for mode in (True, False):
+        assert torch.equal(bn.train(mode)(x), batch_norm(x, None, None, training=True))
+
+
 def test_repr_says_what_differs_from_torchs():
     assert repr(BatchNorm(3)) == repr(nn.BatchNorm1d(3)).replace("BatchNorm1d", "BatchNorm")
     shown = repr(BatchNorm(3, channel_dim=-1, activation="relu"))
@@ -156,6 +173,7 @@ def test_torch_jit_trace_in_evaluation():
     net.eval()
     traced = torch.jit.trace(net, torch.randn(2, 3, 6, 6))
     assert "aten::batch_norm" in str(traced.inlined_graph)
+    assert "PythonOp" not in str(traced.inlined_graph)
     x = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(traced(x), net(x))
 

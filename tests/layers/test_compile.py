@@ -133,6 +133,18 @@ def test_compiled_code_keeps_nan_out_of_the_buffers():
         )
 
 
+def test_compiled_code_keeps_a_masked_out_batch_from_the_buffers():
+    """Whether enough is left cannot be seen while compiled code runs; so no variance is taken."""
+    layer = BatchNorm(3)
+    forward = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    mask = torch.zeros(8)
+    for kept in (0.0, 1.0):
+        mask[2] = kept
+        forward(torch.randn(8, 3) + 5, mask)
+        assert torch.equal(layer.running_mean, torch.zeros(3))
+        assert torch.equal(layer.running_var, torch.ones(3))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -229,8 +230,8 @@ def test_jvp_of_the_pure_form():
 @pytest.mark.parametrize("argnum", [0, 1])
 @pytest.mark.parametrize(
     "second",
-    [hessian, lambda f, argnums: jacrev(jacrev(f, argnums), argnums)],
-    ids=["forward over reverse", "reverse over reverse"],
+    list(itertools.product((jacfwd, jacrev), repeat=2)),
+    ids=lambda pair: " over ".join(transform.__name__ for transform in pair),
 )
 def test_hessian_of_the_pure_form(second, argnum, activation):
     inputs, cotangent = (randn(5, 2), randn(2), randn(2)), randn(5, 2)
@@ -239,7 +240,9 @@ def test_hessian_of_the_pure_form(second, argnum, activation):
         # Squared: y is linear in γ, and its own second derivative by it is zero.
         return lambda *inputs: (form(*inputs).square() * cotangent).sum()
 
-    got = second(loss(lambda x, w, b: pure(x, w, b, activation).output), argnum)(*inputs)
+    outer, inner = second
+    ours = loss(lambda x, w, b: pure(x, w, b, activation).output)
+    got = outer(inner(ours, argnum), argnum)(*inputs)
     expected = hessian(loss(lambda x, w, b: plain(x, w, b, activation)), argnum)(*inputs)
     assert expected.abs().max() > 0.1
     close(got, expected)

@@ -110,7 +110,8 @@ def blocks(x: Tensor) -> bool:
     backward pass that will be differentiated again.
     """
     # eager() first: a symbolic size must not be compared, or a graph would be bound to it.
-    return eager(x) and x.numel() > blocked.block_size(x) and not torch.is_grad_enabled()
+    large = eager(x) and x.numel() > blocked.block_size(x)
+    return large and not torch.is_grad_enabled()  # mutant: only slower without
 
 
 def transformed(tensor: Tensor) -> bool:
