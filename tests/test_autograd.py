@@ -140,3 +140,13 @@ def test_no_gradient_from_above_is_no_gradient_below():
     x = torch.randn(6, 2, requires_grad=True)
     Stop.apply(batch_norm(x, None, None, training=True)).sum().backward()
     assert x.grad is None
+
+
+def test_tangents_have_the_outputs_dtype():
+    """Forward-mode differentiation refuses any other; the residual may be the wider of the two."""
+    x, residual = torch.randn(4, 2, dtype=torch.bfloat16), torch.randn(4, 2)
+    for skip in (None, residual):
+        y, y_dot = torch.func.jvp(
+            lambda x, skip=skip: batch_norm(x, None, None, training=True, residual=skip), (x,), (x,)
+        )
+        assert y.dtype == y_dot.dtype == (torch.bfloat16 if skip is None else torch.float32)

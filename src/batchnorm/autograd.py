@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.kernels import reference, select
 from batchnorm.moments import Moments, expand_mask
@@ -43,17 +44,18 @@ class BatchNormFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
         x, weight, bias, residual, mask, _, _, ctx.eps, ctx.activation, ctx.channel_dim = inputs
         y, count, mean, var, invstd, ctx.backend = output
         # Lists, not generators: Dynamo cannot pass a generator on.
         ctx.mark_non_differentiable(*[t for t in (count, mean, var, invstd) if t is not None])
         ctx.set_materialize_grads(False)
+        ctx.output_dtype = y.dtype
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         # The activation's slope is told from the sign of y; without one y need not be kept alive.
-        ctx.save_for_backward(
-            x, weight, None if ctx.activation is None else y, mask, count, mean, var, invstd
-        )
+        saved = x, weight, None if ctx.activation is None else y, mask, count, mean, var, invstd
+        ctx.save_for_backward(*saved)
+        return saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,29 +92,32 @@ class DualBatchNormFunction(BatchNormFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        BatchNormFunction.setup_context(ctx, inputs, output)
-        y, count, mean, var, *_ = output
-        ctx.save_for_forward(*inputs[:2], y, inputs[4], count, mean, var)
+        # The very same: vmap keeps one list for both.
+        ctx.save_for_forward(*BatchNormFunction.setup_context(ctx, inputs, output))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        x, weight, y, mask, count, mean, var = ctx.saved_tensors
-        _, mean, var = _reference_statistics(ctx, x, mask, count, mean, var)
-        weights = None if mask is None else expand_mask(mask, x, ctx.channel_dim).to(mean.dtype)
-        y_dot = reference.tangent(
-            x,
-            y,
-            weights,
-            count,
-            mean,
-            var,
-            weight,
-            tangents[:4],
-            eps=ctx.eps,
-            activation=ctx.activation,
-            channel_dim=ctx.channel_dim,
-        )
-        return y_dot, None, None, None, None, None
+        # torch runs this with forward-mode differentiation off, at outer levels too: the derivative
+        # of a derivative would silently be wrong (2.13: a Function for x³ has a Hessian of zero).
+        # So on again, and this level's own tangents taken off. No public name exists for that.
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, weight, y, mask, count, mean, var, _ = map(_primal, ctx.saved_tensors)
+            _, mean, var = _reference_statistics(ctx, x, mask, count, mean, var)
+            weights = None if mask is None else expand_mask(mask, x, ctx.channel_dim).to(mean.dtype)
+            y_dot = reference.tangent(
+                x,
+                y,
+                weights,
+                count,
+                mean,
+                var,
+                weight,
+                tangents[:4],
+                eps=ctx.eps,
+                activation=ctx.activation,
+                channel_dim=ctx.channel_dim,
+            )
+        return y_dot.to(ctx.output_dtype), None, None, None, None, None
 
 
 class EagerBatchNormFunction(torch.autograd.Function):
@@ -143,6 +148,10 @@ def function() -> Callable[..., Any]:
     if torch._C._are_functorch_transforms_active():
         return DualBatchNormFunction.apply
     return EagerBatchNormFunction.apply
+
+
+def _primal(tensor: Any) -> Any:
+    return None if tensor is None else forward_ad.unpack_dual(tensor).primal
 
 
 def _reference_statistics(

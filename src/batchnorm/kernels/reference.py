@@ -234,4 +234,4 @@ def tangent(
         z_dot = z_dot + along_channel(bias_dot, x, channel_dim)
     if residual_dot is not None:
         z_dot = z_dot + residual_dot
-    return activation_slope(z_dot, y, activation).to(y.dtype)
+    return activation_slope(z_dot, y, activation)
