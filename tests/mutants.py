@@ -41,7 +41,7 @@ TESTS = {
         "test_numerics.py", "test_autograd.py", "layers/test_func.py", "layers/test_persistence.py",
         "layers/test_compile.py", "layers/test_batch_norm.py",
     ],
-    "validation.py": ["test_validation.py"],
+    "validation.py": ["test_validation.py", "test_functional.py"],
     "functional.py": [
         "test_functional.py", "test_validation.py", "layers/test_func.py",
         "layers/test_batch_norm.py", "layers/test_compile.py",
@@ -61,11 +61,18 @@ def stripped(tree: ast.Module) -> str:
             node.body = [  # type: ignore[attr-defined]
                 statement for statement in body if not silent(statement)
             ]
-        if isinstance(node, ast.JoinedStr):
-            node.values = []
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            node.value = "a text"
-    return ast.dump(tree)
+    return ast.dump(Texts().visit(tree))
+
+
+class Texts(ast.NodeTransformer):
+    """Makes all texts for people the same; a name in quotes is not one."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Constant:
+        return ast.Constant("a text")
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        text = isinstance(node.value, str) and " " in node.value
+        return ast.Constant("a text") if text else node
 
 
 def silent(statement: ast.AST) -> bool:

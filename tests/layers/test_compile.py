@@ -138,7 +138,7 @@ def test_compiled_code_keeps_a_masked_out_batch_from_the_buffers():
     layer = BatchNorm(3)
     forward = torch.compile(layer, fullgraph=True, backend="aot_eager")
     mask = torch.zeros(8)
-    for kept in (0.0, 1.0):
+    for kept in (0.0, 1.0, 1.5):  # the least is 2: a total just above 1 divides by its excess
         mask[2] = kept
         forward(torch.randn(8, 3) + 5, mask)
         assert torch.equal(layer.running_mean, torch.zeros(3))

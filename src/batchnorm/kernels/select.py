@@ -129,7 +129,7 @@ def transformed(tensor: Tensor) -> bool:
 #:   var: biased variance, likewise.
 #:   invstd: 1/√(var + eps) where the backend's own backward pass wants the very same, or None.
 #:   backend: the name of the backend that served.
-Forward = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str]
+Forward = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str]  # mutant: a type
 
 
 def forward(
