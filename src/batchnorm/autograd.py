@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from batchnorm.kernels import reference, select
+from batchnorm.kernels import native, reference, select
 from batchnorm.moments import Moments, expand_mask
 
 
@@ -135,6 +135,143 @@ class EagerBatchNormFunction(torch.autograd.Function):
 
     backward = BatchNormFunction.backward
     jvp = DualBatchNormFunction.jvp
+
+
+class NotServedError(Exception):
+    """The C++ kernels leave this call to others, and have changed nothing."""
+
+
+class NativeFunction(torch.autograd.Function):
+    """The C++ kernels, running update included: eager calls on the CPU only.
+
+    The arguments after `residual`, packed because each one that autograd sees costs time: the mask
+    (with a channel axis of size 1), running mean and variance, counter, momentum, eps, activation,
+    channel axis, training.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, int]:
+        y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
+        if refused == native.NOT_SERVED:
+            raise NotServedError
+        mask, _, _, _, _, eps, activation, channel_dim, training = options
+        ctx.set_materialize_grads(False)
+        ctx.backend = "native"
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = count, eps, activation, channel_dim, training
+        # z's sign is computed again from x; with a residual, which is not kept, it is told from y.
+        ctx.save_for_backward(
+            x,
+            weight,
+            bias if activation else None,
+            y if activation and residual is not None else None,
+            mask,
+            statistics,
+        )
+        return y, refused
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not select.eager(dy):
+            # Someone will differentiate these gradients, or a torch.func transform is running.
+            out = _differentiable_gradients(ctx, dy)
+            return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)
+        x, weight, bias, y, mask, statistics = ctx.saved_tensors
+        dx, dz, d_weight, d_bias, _ = native.backward(
+            dy,
+            x,
+            y,
+            statistics,
+            weight,
+            bias,
+            mask,
+            *ctx.options,
+            needs[0],
+            needs[3],
+            needs[1] or needs[2],
+        )
+        if needs[3] and dz is None:
+            dz = dy
+        if needs[2] and d_bias.dtype is not ctx.bias_dtype:
+            d_bias = d_bias.to(ctx.bias_dtype)
+        return dx, d_weight, d_bias if needs[2] else None, dz, None
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    """NativeFunction's gradients as functions of its inputs, by the reference."""
+    x, weight, bias, y, mask, statistics = ctx.saved_tensors
+    _, eps, code, channel_dim, training = ctx.options
+    activation = native.ACTIVATION_NAMES[code]
+    mean, var = statistics
+    total = None
+    weights = None if mask is None else mask.to(mean.dtype)
+    if training:
+        moments = Moments.of(
+            x, None if mask is None else mask.squeeze(channel_dim), channel_dim=channel_dim
+        )
+        mean, var, total = moments.mean, moments.variance(), moments.count
+    if activation is not None and y is None:
+        with torch.no_grad():
+            y = reference.normalize(
+                x,
+                mean,
+                var,
+                weight,
+                bias,
+                None,
+                eps=eps,
+                activation=activation,
+                channel_dim=channel_dim,
+            )
+    out = reference.backward(
+        dy,
+        x,
+        y,
+        weights,
+        total,
+        mean,
+        var,
+        weight,
+        eps=eps,
+        activation=activation,
+        channel_dim=channel_dim,
+    )
+    dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
+    wanted = (out.x, out.weight, out.bias, out.z)
+    return tuple(g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True))
+
+
+def native_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, int] | None:
+    """NativeFunction, or its kernels alone where nobody asks for gradients; None: not served."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        try:
+            y, refused = NativeFunction.apply(x, weight, bias, residual, options)
+        except NotServedError:
+            return None
+        return y, refused
+    y, _, _, refused = native.forward(x, weight, bias, residual, *options)
+    return None if refused == native.NOT_SERVED else (y, refused)
 
 
 def function() -> Callable[..., Any]:

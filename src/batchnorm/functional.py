@@ -14,11 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.autograd import function
-from batchnorm.errors import ArgumentError, InputError, NonFiniteWarning
-from batchnorm.kernels import select
-from batchnorm.moments import Moments
-from batchnorm.validation import MIN_COUNT, Activation, check_count, check_options, check_tensors
+from batchnorm.autograd import function, native_step
+from batchnorm.errors import InputError, NonFiniteWarning
+from batchnorm.kernels import native, select
+from batchnorm.moments import Moments, accumulation_dtype, expand_mask
+from batchnorm.validation import (
+    MIN_COUNT,
+    Activation,
+    check_count,
+    check_kinds,
+    check_momentum,
+    check_options,
+    check_tensors,
+)
 
 
 class BatchNormOutput(NamedTuple):
@@ -111,10 +119,12 @@ def batch_norm(
         >>> mean, var
         (tensor([ 0.5000, 10.0000]), tensor([  1.5000, 100.5000]))
     """
-    y, moments = normalize(
+    check_momentum(momentum)
+    y, refused = step(
         x,
         running_mean,
         running_var,
+        None,
         weight,
         bias,
         training,
@@ -125,10 +135,8 @@ def batch_norm(
         channel_dim=channel_dim,
         activation=activation,
     )
-    if moments is not None and running_mean is not None and running_var is not None:
-        update = updated(running_mean, running_var, moments, momentum)
-        if not assign(running_mean, running_var, update):
-            warnings.warn(nonfinite_message(update), NonFiniteWarning, stacklevel=2)
+    if refused is not None:
+        warnings.warn(nonfinite_message(refused), NonFiniteWarning, stacklevel=2)
     return y
 
 
@@ -166,6 +174,30 @@ def batch_norm_pure(
         >>> torch.func.vmap(step)(models).running_mean.shape
         torch.Size([3, 2])
     """
+    check_momentum(momentum)
+    if (
+        training
+        and running_mean is not None
+        and running_var is not None
+        and native.serves(x, weight, bias, residual)
+    ):
+        running_mean, running_var = running_mean.detach().clone(), running_var.detach().clone()
+        y, _ = step(
+            x,
+            running_mean,
+            running_var,
+            None,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask=mask,
+            residual=residual,
+            channel_dim=channel_dim,
+            activation=activation,
+        )
+        return BatchNormOutput(y, running_mean, running_var)
     y, moments = normalize(
         x,
         running_mean,
@@ -184,6 +216,152 @@ def batch_norm_pure(
         return BatchNormOutput(y, running_mean, running_var)
     update = updated(running_mean, running_var, moments, momentum)
     return BatchNormOutput(y, update.mean, update.var)
+
+
+def step(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor | None,
+    eps: float,
+    *,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    channel_dim: int,
+    activation: Activation,
+) -> tuple[Tensor, Tensor | None]:
+    """One forward pass; in training, running statistics and counter take the batch in, in place.
+
+    Arguments as `batch_norm`'s, and `counter`: the number of batches taken in so far. Momentum None
+    makes a plain average of them.
+
+    Returns:
+        y; and which channels refused the batch, where it is known that some did.
+    """
+    if native.serves(x, weight, bias, residual):
+        served = _native_step(
+            x,
+            running_mean,
+            running_var,
+            counter,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask,
+            residual,
+            channel_dim,
+            activation,
+        )
+        if served is not None:
+            return served
+    share: float | Tensor = 0.0
+    if momentum is not None:
+        share = momentum
+    elif counter is not None:
+        # Not 1.0 / counter: of a whole number that is float32, and 1e-8 off.
+        share = (counter + 1).to(accumulation_dtype(counter.device)).reciprocal()
+    y, moments = normalize(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        share,
+        eps,
+        mask=mask,
+        residual=residual,
+        channel_dim=channel_dim,
+        activation=activation,
+    )
+    if moments is None or running_mean is None or running_var is None:
+        return y, None
+    # In a plain average every channel must have the same number of batches behind it.
+    update = updated(running_mean, running_var, moments, share, together=momentum is None)
+    finite = assign(running_mean, running_var, update)
+    if counter is not None:
+        counter.add_(1 if update.refused is None else update.refused.logical_not().any())
+    return y, None if finite else update.refused
+
+
+def _native_step(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    channel_dim: int,
+    activation: Activation,
+) -> tuple[Tensor, Tensor | None] | None:
+    """`step` by the C++ kernels, which check their arguments themselves; None: not served."""
+    if type(momentum) is float or type(momentum) is int:
+        share = momentum if momentum >= 0 else math.nan  # which they refuse
+    elif momentum is None and counter is not None:
+        share = native.PLAIN_AVERAGE
+    else:
+        return None
+    fused = activation if isinstance(activation, str) else None
+    code = native.ACTIVATIONS.get(fused)
+    if (
+        code is None
+        or type(eps) is not float
+        or type(channel_dim) is not int
+        or x.dim() < 2
+        or not -x.dim() <= channel_dim < x.dim()
+        or not native.plain(running_mean, running_var)
+    ):
+        return None
+    weights = None
+    if mask is not None:
+        check_kinds(x, mask, residual)
+        if mask.requires_grad:
+            return None
+        weights = expand_mask(mask, x, channel_dim)
+        weights = weights if weights.dtype in native.MASKS else weights.double()
+    options = (
+        *(weights, running_mean, running_var, counter),
+        *(share, eps, code, channel_dim, bool(training)),
+    )
+    served = native_step(x, weight, bias, residual, options)
+    if served is None:
+        return None
+    y, refused = served
+    if callable(activation):
+        y = activation(y)
+    if not training or running_mean is None or running_var is None:
+        return y, None
+    # The kernels change memory behind autograd's back.
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    if not refused:
+        return y, None
+    moments = Moments.of(x.detach(), mask, channel_dim=channel_dim)
+    return y, ~sound(moments, running_mean, running_var, together=momentum is None)
+
+
+def sound(moments: Moments, running_mean: Tensor, running_var: Tensor, *, together: bool) -> Tensor:
+    """Which channels' batch statistics the running ones may take in, in the buffers' dtypes.
+
+    With `together`: all, or none.
+    """
+    taken = (
+        moments.mean.to(running_mean.dtype).isfinite()
+        & moments.variance(correction=1).to(running_var.dtype).isfinite()
+        # Too small a count has been refused where that could be seen: not under compilation.
+        & (moments.count >= MIN_COUNT)
+    )
+    return taken.all().expand_as(taken) if together else taken
 
 
 class Update(NamedTuple):
@@ -218,16 +396,9 @@ def updated(
     # The usual case, at half the cost. A sum is finite only if all its terms are.
     if select.concrete(mean) and math.isfinite((mean + var).sum().item()):
         return Update(mean, var, None)  # mutant: only slower without
-    # Too small a count has been refused where that could be seen: not under compilation.
-    sound = (
-        moments.mean.to(running_mean.dtype).isfinite()
-        & unbiased.to(running_var.dtype).isfinite()
-        & (moments.count >= MIN_COUNT)
-    )
-    if together:
-        sound = sound.all().expand_as(sound)
+    taken = sound(moments, running_mean, running_var, together=together)
     return Update(
-        torch.where(sound, mean, running_mean), torch.where(sound, var, running_var), ~sound
+        torch.where(taken, mean, running_mean), torch.where(taken, var, running_var), ~taken
     )
 
 
@@ -249,13 +420,13 @@ def assign(running_mean: Tensor, running_var: Tensor, update: Update) -> bool:
     return refused is None or not (select.concrete(refused) and bool(refused.any()))
 
 
-def nonfinite_message(update: Update) -> str:
+def nonfinite_message(refused: Tensor) -> str:
     """What to tell the user about the channels that refused an update."""
-    channels = [] if update.refused is None else update.refused.nonzero().flatten().tolist()
+    channels = refused.nonzero().flatten().tolist()
     shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
     return (
         f"the batch holds NaN or infinity, or overflows, in {len(channels)} of "
-        f"{update.mean.numel()} channels ({shown}); their running statistics were left as they "
+        f"{refused.numel()} channels ({shown}); their running statistics were left as they "
         "were. Look for the cause upstream: torch.autograd.set_detect_anomaly(True), a smaller "
         "learning rate, a loss scale, the data"
     )
@@ -281,11 +452,6 @@ def normalize(
     Arguments and errors are `batch_norm`'s.
     """
     check_options(eps, momentum, activation)
-    if momentum is None:
-        raise ArgumentError(
-            "expected momentum to be a number, got None: only a layer counts its batches; pass "
-            "1 / (their number, this one included) for a plain average"
-        )
     values = check_tensors(
         x, running_mean, running_var, weight, bias, training, mask, residual, channel_dim
     )

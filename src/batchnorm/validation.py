@@ -47,6 +47,15 @@ def check_options(eps: float, momentum: float | Tensor | None, activation: Activ
         )
 
 
+def check_momentum(momentum: float | Tensor | None) -> None:
+    """Refuse what only a layer understands."""
+    if momentum is None:
+        raise ArgumentError(
+            "expected momentum to be a number, got None: only a layer counts its batches; pass "
+            "1 / (their number, this one included) for a plain average"
+        )
+
+
 def check_tensors(
     x: Tensor,
     running_mean: Tensor | None,

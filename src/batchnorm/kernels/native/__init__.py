@@ -1,0 +1,99 @@
+"""C++ kernels for the CPU: what loads them, what calls them, and why they are not there if so.
+
+They serve a whole call each way: moments, output and running update in one; see ops.cpp for what
+they take. What they do not take they leave untouched, and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = Path(__file__).with_name("_kernels.abi3.so")
+
+#: What the operators call the activations.
+ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+
+#: What the operators call a plain average over all batches.
+PLAIN_AVERAGE = -1.0
+
+#: Dtypes of a mask that the operators read.
+MASKS = (torch.bool, torch.float32, torch.float64)
+
+#: The instruction sets, from the least; `use(k)` uses the k-th.
+INSTRUCTIONS = ("baseline", "AVX2", "AVX-512")
+
+NOT_SERVED = -1
+
+INSTALL = (
+    "install a C++17 compiler (g++ or clang++) and build again, where torch is installed: "
+    "pip install --no-build-isolation --force-reinstall --no-deps batchnorm"
+)
+
+
+def _load() -> str | None:
+    """Make the operators known to torch; or why that cannot be done."""
+    if "native" in os.environ.get("BATCHNORM_DISABLE", "").split(","):
+        return "the environment variable BATCHNORM_DISABLE names it"
+    if not LIBRARY.exists():
+        compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+        missing = "" if compiler else "there is no C++ compiler; "
+        return f"the C++ kernels were not built; {missing}{INSTALL}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the C++ kernels do not load ({error}); {INSTALL}"
+    return None
+
+
+#: Why there are no kernels, or None.
+MISSING = _load()
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+if MISSING is None:
+    forward = torch.ops.batchnorm.forward.default
+    backward = torch.ops.batchnorm.backward.default
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors of torch's own class, or None."""
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether these are plain tensors on the CPU, and operations are done as they are called.
+
+    What is asked here decides about each call and takes 1 µs; the operators ask the rest.
+    """
+    return (
+        MISSING is None
+        and type(x) in _PLAIN
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_nested
+        and (weight is None or type(weight) in _PLAIN)
+        and (bias is None or type(bias) in _PLAIN)
+        and (residual is None or (type(residual) in _PLAIN and residual.layout is torch.strided))
+        and not torch.compiler.is_compiling()
+        # No public names exist for these questions: is jit.trace recording, does a torch.func
+        # transform run, does anyone watch or replace operations, is there a forward-mode level.
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    )
+
+
+def use(level: int = -1) -> int:
+    """Use the instructions of a level, below 0 the best that this processor has; how many it has.
+
+    The same results to rounding; for tests and measurements.
+    """
+    return int(torch.ops.batchnorm.use(level))

@@ -1,0 +1,280 @@
+// Backward: dβ = Σ dz and dγ = Σ dz·x̂ with dz = dy · activation′(z), then
+// dx = γ/√(var + eps) · (dz − w/count · (dβ + x̂·dγ)); without the bracket's second term where the
+// moments were given.
+//
+// z is not stored: its sign is computed again from x by forward.h's own formula, or, where a residual
+// was added, told from y.
+#pragma once
+
+#include "forward.h"
+
+namespace {
+
+using batchnorm::Backward;
+
+// Where the activation's side is told from.
+enum Side : int { kNoSide, kFromX, kFromY };
+
+// What each channel's elements meet: x̂ is (x − near) · inverse + centre, dx is scale · dz +
+// w · (slant · x̂ + level), and z, before any residual, is (x − near) · scale + constant.
+// The last two are known only once the sums are.
+enum Constants : int { kNear, kInverse, kCentre, kScale, kConstant, kSlant, kLevel, kConstants };
+
+template <class T>
+struct BackwardWork : Work {
+  typedef typename Pack<T>::S S;
+  typedef Pack<T> P;
+  typedef Single<T> P1;
+  const Backward& call;
+  const T* dy;
+  const T* x;
+  const T* y;
+  const S* mask;
+  T* dx;
+  T* dresidual;
+  const S slope;
+  const bool relu;
+  const int64_t own_columns;
+  Affine<S> side;
+  Array<S> channel, own;  // each of the Constants of all channels, of all columns that need it
+  const S* column;
+  const int64_t of_kind;  // how many of each constant `column` has
+
+  explicit BackwardWork(const Backward& b)
+      : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
+        dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
+        relu(b.activation == batchnorm::kRelu), own_columns(columns_of(b.shape, P::N, b.mask)),
+        side(b.shape.channels), channel(kConstants * b.shape.channels),
+        own(kConstants * own_columns), column(own_columns ? own : channel),
+        of_kind(own_columns ? own_columns : b.shape.channels) {
+    shape = b.shape;
+    bytes = sizeof(T);
+    lanes = P::N;
+    two_passes = !b.sums_given;
+    writes = dx || dresidual;
+    masked = b.mask != nullptr;
+    const int64_t n = shape.channels;
+    side.set(0, n, b.mean, b.var, b.gamma, b.beta, b.eps);
+    for (int64_t c = 0; c < n; ++c) {
+      const double inverse = 1 / sqrt(b.var[c] + b.eps);
+      channel[kNear * n + c] = side.near[c];
+      channel[kInverse * n + c] = S(inverse);
+      channel[kCentre * n + c] = S((double(side.near[c]) - b.mean[c]) * inverse);
+      channel[kScale * n + c] = side.scale[c];
+      channel[kConstant * n + c] = side.constant[c];
+    }
+  }
+
+  bool finish(int64_t c, double s, double q) override {
+    call.dbeta[c] = s;
+    call.dgamma[c] = q;
+    return false;
+  }
+
+  void prepare(int64_t first, int64_t last) override {
+    const int64_t n = shape.channels;
+    const double share = call.count > 0 ? 1 / call.count : 0;
+    for (int64_t c = first; c < last; ++c) {
+      const double scale = -share * call.gamma[c] / sqrt(call.var[c] + call.eps);
+      channel[kSlant * n + c] = S(scale * call.dgamma[c]);
+      channel[kLevel * n + c] = S(scale * call.dbeta[c]);
+    }
+  }
+
+  // A channel's constants in registers; see forward.h's Put.
+  template <class Q, int Where, bool Masked>
+  struct Local {
+    typedef typename Q::V V;
+    const T* dy;
+    const T* x;
+    const T* y;
+    T* dx;
+    T* dresidual;
+    V slope, near, inverse, centre, scale, slant, level, constant;
+    bool relu, training;
+
+    // dz and x̂ of a few elements. Both are 0 where an element does not count and one of them is not
+    // finite: its share would poison what does.
+    struct Terms {
+      V dz, x_hat;
+    };
+    inline Terms terms(int64_t at, V w) const {
+      V dz = Q::load(dy + at);
+      const V v = Q::load(x + at);
+      if (Where != kNoSide) {
+        const V z = Where == kFromY ? Q::load(y + at) : apply(v, near, scale, constant);
+        // Not a product for relu: an infinite gradient · 0 is NaN.
+        dz = select(z <= V{}, relu ? V{} : dz * slope, dz);
+      }
+      const V x_hat = (v - near) * inverse + centre;
+      if (!Masked) return {dz, x_hat};
+      const auto sound = (w > V{}) | ((v - v == V{}) & (dz - dz == V{}));
+      return {select(sound, dz, V{}), select(sound, x_hat, V{})};
+    }
+
+    inline void sum(int64_t at, V w, typename Q::D& s, typename Q::D& q) const {
+      const Terms t = terms(at, w);
+      const typename Q::D dz = widen(t.dz);
+      s = s + dz;
+      q = q + dz * widen(t.x_hat);
+    }
+
+    template <bool Stream>
+    inline void put(int64_t at, V w) const {
+      const Terms t = terms(at, w);
+      if (Where == kFromY && dresidual) Q::store(dresidual + at, t.dz);
+      if (Where == kFromY && !dx) return;
+      V d = scale * t.dz;
+      // Constants of 0 would not do: 0 · NaN is NaN.
+      if (training) {
+        const V pull = slant * t.x_hat + level;
+        d = d + (Masked ? w * pull : pull);
+      }
+      if (Stream) Q::stream(dx + at, d);
+      else Q::store(dx + at, d);
+    }
+
+    inline void ahead(int64_t at, int64_t by = kAhead) const {
+      prefetch(x + at, by);
+      prefetch(dy + at, by);
+    }
+  };
+
+  template <class Q, int Where, bool Masked>
+  inline Local<Q, Where, Masked> of_channel(int64_t c) const {
+    const int64_t n = shape.channels;
+    const S* k = channel + c;
+    return {dy, x, y, dx, dresidual, Q::splat(slope), Q::splat(k[kNear * n]),
+            Q::splat(k[kInverse * n]), Q::splat(k[kCentre * n]), Q::splat(k[kScale * n]),
+            Q::splat(k[kSlant * n]), Q::splat(k[kLevel * n]), Q::splat(k[kConstant * n]), relu,
+            call.training};
+  }
+
+  template <class Q, int Where, bool Masked>
+  inline Local<Q, Where, Masked> of_column(int64_t j) const {
+    const S* k = column + j;
+    return {dy + j, x + j, y + j, dx ? dx + j : nullptr, dresidual ? dresidual + j : nullptr, Q::splat(slope),
+            Q::weights(k + kNear * of_kind), Q::weights(k + kInverse * of_kind),
+            Q::weights(k + kCentre * of_kind), Q::weights(k + kScale * of_kind),
+            Q::weights(k + kSlant * of_kind), Q::weights(k + kLevel * of_kind),
+            Q::weights(k + kConstant * of_kind), relu, call.training};
+  }
+
+  // --- runs of one channel ---
+
+  template <int Where, bool Masked>
+  void sum_run(int64_t at, int64_t weight_at, int64_t n, int64_t c, Sums& sums) const {
+    const auto local = of_channel<P, Where, Masked>(c);
+    const auto local1 = of_channel<P1, Where, Masked>(c);
+    const S* w = mask + weight_at - at;
+    const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
+    const int64_t end = at + n;
+    typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
+    for (; at + 2 * P::N <= end; at += 2 * P::N) {
+      local.ahead(at);
+      local.ahead(at + P::N);
+      local.sum(at, weight(at), s, q);
+      local.sum(at + P::N, weight(at + P::N), s2, q2);
+    }
+    for (; at + P::N <= end; at += P::N) local.sum(at, weight(at), s, q);
+    sums.s = P::pair(s + s2);
+    sums.q = P::pair(q + q2);
+    for (; at < end; ++at) local1.sum(at, Masked ? w[at] : S(0), sums.rest_s, sums.rest_q);
+  }
+
+  template <int Where, bool Masked>
+  void put_run(int64_t at, int64_t weight_at, int64_t n, int64_t c) const {
+    const auto local = of_channel<P, Where, Masked>(c);
+    const auto local1 = of_channel<P1, Where, Masked>(c);
+    const S* w = mask + weight_at - at;
+    const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
+    const auto single = [&](int64_t i) { local1.template put<false>(i, Masked ? w[i] : S(0)); };
+    const int64_t end = at + n;
+    if (call.stream && dx) {
+      for (; at < end && (uintptr_t)(dx + at) % (P::N * sizeof(T)) != 0; ++at) single(at);
+      for (; at + P::N <= end; at += P::N) local.template put<true>(at, weight(at));
+    } else {
+      for (; at + P::N <= end; at += P::N) local.template put<false>(at, weight(at));
+    }
+    for (; at < end; ++at) single(at);
+  }
+
+  // --- rows ---
+
+  template <class Q, int Where, bool Masked>
+  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q) const {
+    const auto local = of_column<Q, Where, Masked>(j);
+    typename Q::D sum_s = Q::sums(s + j), sum_q = Q::sums(q + j);
+    const int64_t step = columns, next = (to - from) * step * int64_t(sizeof(T));
+    for (int64_t row = from; row < to; ++row) {
+      local.ahead(row * step, next);
+      local.sum(row * step, Q::splat(Masked ? mask[row] : S(0)), sum_s, sum_q);
+    }
+    Q::keep(s + j, sum_s);
+    Q::keep(q + j, sum_q);
+  }
+
+  template <class Q, int Where, bool Masked, bool Stream>
+  inline void put_columns(int64_t from, int64_t to, int64_t j) const {
+    const auto local = of_column<Q, Where, Masked>(j);
+    const S* w = mask;
+    const int64_t step = columns, next = (from - to) * step * int64_t(sizeof(T));
+    for (int64_t row = to; row-- > from;) {
+      local.ahead(row * step, next);
+      local.template put<Stream>(row * step, Q::splat(Masked ? w[row] : S(0)));
+    }
+  }
+
+  template <int Where, bool Masked>
+  void put_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const {
+    const int64_t size = P::N * sizeof(T);
+    int64_t j = begin;
+    if (call.stream && dx && (uintptr_t)(dx + begin) % size == 0 && columns % P::N == 0)
+      for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, true>(from, to, j);
+    else
+      for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, false>(from, to, j);
+    for (; j < end; ++j) put_columns<P1, Where, Masked, false>(from, to, j);
+  }
+
+  // Calls body with where the side is told from and whether there is a mask, as constants.
+  template <class F>
+  inline void by_variant(const F& body) const {
+    const auto with = [&](auto is_masked) {
+      if (call.activation == batchnorm::kNone) body(Constant<kNoSide>(), is_masked);
+      else if (y) body(Constant<kFromY>(), is_masked);
+      else body(Constant<kFromX>(), is_masked);
+    };
+    if (masked) with(Constant<1>());
+    else with(Constant<0>());
+  }
+
+  void first_run(int64_t at, int64_t weight_at, int64_t n, int64_t c, Sums& sums) const override {
+    by_variant([&](auto w, auto m) { sum_run<w.value, m.value>(at, weight_at, n, c, sums); });
+  }
+
+  void second_run(int64_t at, int64_t weight_at, int64_t n, int64_t c) const override {
+    by_variant([&](auto w, auto m) { put_run<w.value, m.value>(at, weight_at, n, c); });
+  }
+
+  void first_rows(int64_t from, int64_t to, int64_t begin, int64_t end, double* s,
+                  double* q) const override {
+    by_variant([&](auto w, auto m) {
+      int64_t j = begin;
+      for (; j + P::N <= end; j += P::N) column_sums<P, w.value, m.value>(from, to, j, s, q);
+      for (; j < end; ++j) column_sums<P1, w.value, m.value>(from, to, j, s, q);
+    });
+  }
+
+  void second_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const override {
+    by_variant([&](auto w, auto m) { put_rows<w.value, m.value>(from, to, begin, end); });
+  }
+
+  void spread_kinds(int first, int last) {
+    for (int m = first; m < last; ++m)
+      spread<S>(shape, channel + m * shape.channels, own + m * own_columns, own_columns);
+  }
+  void spread_first() override { spread_kinds(0, kConstants); }
+  void spread_second() override { spread_kinds(two_passes ? kSlant : 0, kConstants); }
+};
+
+}  // namespace

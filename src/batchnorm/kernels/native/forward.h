@@ -1,0 +1,281 @@
+// Forward: moments of each channel, then y = activation(γ·(x − mean)/√(var + eps) + β + residual).
+//
+// The moments are sums, in double, of x − shift and (x − shift)², with a shift near the mean: exact
+// differences, and nothing to cancel. In the second pass the mean is a float `near` and what it lacks
+// (in the constant term), so that an offset of 10⁶ σ costs no more than the rounding of y.
+#pragma once
+
+#include <math.h>
+
+#include "drivers.h"
+
+namespace {
+
+using batchnorm::Forward;
+
+// The shift is one of the channel's elements, so at most σ·√count away from the mean. If this far away
+// (in σ²), the sums are taken again from the mean found. For a result in float, 2⁻⁵³ · 10⁶ ≈ 10⁻¹⁰ of
+// the variance may cancel unseen; for one in double nothing may.
+constexpr double far_offset(float) { return 1e6; }
+constexpr double far_offset(double) { return 1.0 / 64; }
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// y before the activation is (x − near) · scale + constant, for each channel.
+template <class S>
+struct Affine {
+  Array<S> near, scale, constant;
+  explicit Affine(int64_t channels) : near(channels), scale(channels), constant(channels) {}
+
+  void set(int64_t first, int64_t last, const double* mean, const double* var, const double* gamma,
+           const double* beta, double eps) const {
+    for (int64_t c = first; c < last; ++c) {
+      const double slope = gamma[c] / sqrt(var[c] + eps);
+      near[c] = S(mean[c]);
+      scale[c] = S(slope);
+      constant[c] = S(beta[c] - (mean[c] - double(near[c])) * slope);
+    }
+  }
+};
+
+template <class V>
+inline V apply(V x, V near, V scale, V constant) {
+  return (x - near) * scale + constant;
+}
+
+// The activation's left side; NaN comes out as NaN. Not z · slope for relu: −∞ · 0 is NaN.
+template <int A, class V>
+inline V activate(V z, V slope) {
+  if (A == batchnorm::kNone) return z;
+  return select(z < V{}, A == batchnorm::kRelu ? V{} : z * slope, z);
+}
+
+template <class T>
+struct ForwardWork : Work {
+  typedef typename Pack<T>::S S;
+  typedef Pack<T> P;
+  typedef Single<T> P1;
+  const Forward& call;
+  const T* x;
+  const T* residual;
+  const S* mask;
+  T* y;
+  const S slope;
+  const double share;  // of one element in a mean
+  const int64_t own_columns;
+  Array<double> shift, own_shift;
+  Affine<S> channel, own;
+  // The columns' constants: their own, or the channels'.
+  const double* column_shift;
+  const Affine<S>& column;
+
+  explicit ForwardWork(const Forward& f)
+      : ForwardWork(f, f.mask && f.training, columns_of(f.shape, P::N, f.mask && f.training)) {}
+
+  ForwardWork(const Forward& f, bool has_mask, int64_t n)
+      : call(f), x((const T*)f.x), residual((const T*)f.residual), mask((const S*)f.mask),
+        y((T*)f.y), slope(S(f.slope)), share(f.count > 0 ? 1 / f.count : 0), own_columns(n),
+        shift(f.shape.channels), own_shift(n), channel(f.shape.channels), own(n),
+        column_shift(n ? own_shift : shift), column(n ? own : channel) {
+    shape = f.shape;
+    bytes = sizeof(T);
+    lanes = P::N;
+    two_passes = f.training;
+    writes = y != nullptr;
+    masked = has_mask;
+    if (two_passes) probe();
+  }
+
+  // The shifts: of each channel, the first element that counts.
+  void probe() const {
+    int64_t p = 0;
+    const int64_t values = shape.outer * shape.inner;
+    while (masked && p < values && !(mask[p] > 0)) ++p;
+    const T* at = x + p / shape.inner * shape.channels * shape.inner + p % shape.inner;
+    for (int64_t c = 0; c < shape.channels; ++c)
+      shift[c] = p == values ? 0.0 : double(read(at + c * shape.inner));
+  }
+
+  bool finish(int64_t c, double s, double q) override {
+    const double offset = s * share, var = q * share - offset * offset;
+    call.mean[c] = shift[c] + offset;
+    call.var[c] = var < 0 ? 0 : var;
+    const bool far = offset * offset > far_offset(S()) * call.var[c];
+    if (far) shift[c] = call.mean[c];
+    return far;
+  }
+
+  void prepare(int64_t first, int64_t last) override {
+    channel.set(first, last, call.mean, call.var, call.gamma, call.beta, call.eps);
+  }
+
+  // --- the moments ---
+
+  template <class Q>
+  static inline void add(typename Q::V v, typename Q::D k, typename Q::D& s, typename Q::D& q) {
+    const typename Q::D d = widen(v) - k;
+    s = s + d;
+    q = q + d * d;
+  }
+
+  template <class Q>
+  static inline void add(typename Q::V v, typename Q::V w, typename Q::D k, typename Q::D& s,
+                         typename Q::D& q) {
+    // Not a product alone: 0 · NaN is NaN, and what is left out may hold NaN.
+    const typename Q::D d = widen(select(w > typename Q::V{}, v, typename Q::V{})) - k;
+    const typename Q::D weighted = widen(w) * d;
+    s = s + weighted;
+    q = q + weighted * d;
+  }
+
+  void first_run(int64_t at, int64_t weight_at, int64_t n, int64_t c, Sums& sums) const override {
+    const typename P::D k = P::wide(shift[c]);
+    const T* v = x + at;
+    // Two of each: a register's sum has to wait for its last.
+    typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
+    int64_t i = 0;
+    if (masked) {
+      const S* w = mask + weight_at;
+      for (; i + P::N <= n; i += P::N) add<P>(P::load(v + i), P::weights(w + i), k, s, q);
+      for (; i < n; ++i)
+        add<P1>(P1::load(v + i), w[i], shift[c], sums.rest_s, sums.rest_q);
+    } else {
+      for (; i + 2 * P::N <= n; i += 2 * P::N) {
+        prefetch(v + i);
+        prefetch(v + i + P::N);
+        add<P>(P::load(v + i), k, s, q);
+        add<P>(P::load(v + i + P::N), k, s2, q2);
+      }
+      for (; i + P::N <= n; i += P::N) add<P>(P::load(v + i), k, s, q);
+      for (; i < n; ++i) add<P1>(P1::load(v + i), shift[c], sums.rest_s, sums.rest_q);
+    }
+    sums.s = P::pair(s + s2);
+    sums.q = P::pair(q + q2);
+  }
+
+  template <class Q>
+  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q) const {
+    const typename Q::D k = Q::sums(column_shift + j);
+    typename Q::D sum_s = Q::sums(s + j), sum_q = Q::sums(q + j);
+    const T* v = x + j;
+    const int64_t step = columns, next = (to - from) * step * int64_t(sizeof(T));
+    if (masked)
+      for (int64_t row = from; row < to; ++row)
+        add<Q>(Q::load(v + row * step), Q::splat(mask[row]), k, sum_s, sum_q);
+    else
+      for (int64_t row = from; row < to; ++row) {
+        prefetch(v + row * step, next);
+        add<Q>(Q::load(v + row * step), k, sum_s, sum_q);
+      }
+    Q::keep(s + j, sum_s);
+    Q::keep(q + j, sum_q);
+  }
+
+  void first_rows(int64_t from, int64_t to, int64_t begin, int64_t end, double* s,
+                  double* q) const override {
+    int64_t j = begin;
+    for (; j + P::N <= end; j += P::N) column_sums<P>(from, to, j, s, q);
+    for (; j < end; ++j) column_sums<P1>(from, to, j, s, q);
+  }
+
+  // --- the output ---
+
+  // A channel's constants in registers. Held apart from the members, which the compiler would read
+  // again after each store: a store may change anything, for all it knows.
+  template <class Q, int A, bool HasResidual>
+  struct Put {
+    typedef typename Q::V V;
+    const T* x;
+    const T* residual;
+    T* y;
+    V near, scale, constant, slope;
+
+    inline V value(int64_t at) const {
+      V z = apply(Q::load(x + at), near, scale, constant);
+      if (HasResidual) z = z + Q::load(residual + at);
+      return activate<A>(z, slope);
+    }
+    inline void store(int64_t at) const { Q::store(y + at, value(at)); }
+    inline void stream(int64_t at) const {
+      prefetch(x + at);
+      if (HasResidual) prefetch(residual + at);
+      Q::stream(y + at, value(at));
+    }
+  };
+
+  template <int A, bool HasResidual>
+  void put_run(int64_t at, int64_t n, int64_t c) const {
+    const S near = channel.near[c], scale = channel.scale[c], constant = channel.constant[c];
+    const Put<P, A, HasResidual> put = {x, residual, y, P::splat(near), P::splat(scale),
+                                        P::splat(constant), P::splat(slope)};
+    const Put<P1, A, HasResidual> put1 = {x, residual, y, near, scale, constant, slope};
+    const int64_t end = at + n;
+    if (call.stream) {
+      for (; at < end && (uintptr_t)(y + at) % (P::N * sizeof(T)) != 0; ++at) put1.store(at);
+      for (; at + P::N <= end; at += P::N) put.stream(at);
+    } else {
+      for (; at + P::N <= end; at += P::N) put.store(at);
+    }
+    for (; at < end; ++at) put1.store(at);
+  }
+
+  template <class Q, int A, bool HasResidual>
+  inline void put_columns(int64_t from, int64_t to, int64_t j, bool stream) const {
+    const Put<Q, A, HasResidual> put = {x + j, residual + j, y + j, Q::weights(column.near + j),
+                                        Q::weights(column.scale + j),
+                                        Q::weights(column.constant + j), Q::splat(slope)};
+    const int64_t step = columns, next = (from - to) * step * int64_t(sizeof(T));
+    for (int64_t row = to; row-- > from;) {
+      const int64_t at = row * step;
+      prefetch(put.x + at, next);
+      if (HasResidual) prefetch(put.residual + at, next);
+      if (stream) Q::stream(put.y + at, put.value(at));
+      else put.store(at);
+    }
+  }
+
+  template <int A, bool HasResidual>
+  void put_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const {
+    const int64_t size = P::N * sizeof(T);
+    const bool stream = call.stream && (uintptr_t)(y + begin) % size == 0 && columns % P::N == 0;
+    int64_t j = begin;
+    for (; j + P::N <= end; j += P::N) put_columns<P, A, HasResidual>(from, to, j, stream);
+    for (; j < end; ++j) put_columns<P1, A, HasResidual>(from, to, j, false);
+  }
+
+  // Calls body with the activation and whether there is a residual, as constants.
+  template <class F>
+  inline void by_fusion(const F& body) const {
+    using namespace batchnorm;
+    const auto with = [&](auto has_residual) {
+      switch (call.activation) {
+        case kNone: return body(Constant<kNone>(), has_residual);
+        case kRelu: return body(Constant<kRelu>(), has_residual);
+        case kLeakyRelu: return body(Constant<kLeakyRelu>(), has_residual);
+      }
+    };
+    if (residual) with(Constant<1>());
+    else with(Constant<0>());
+  }
+
+  void second_run(int64_t at, int64_t, int64_t n, int64_t c) const override {
+    by_fusion([&](auto a, auto r) { put_run<a.value, r.value>(at, n, c); });
+  }
+
+  void second_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const override {
+    by_fusion([&](auto a, auto r) { put_rows<a.value, r.value>(from, to, begin, end); });
+  }
+
+  void spread_first() override { spread<double>(shape, shift, own_shift, own_columns); }
+
+  void spread_second() override {
+    spread<S>(shape, channel.near, own.near, own_columns);
+    spread<S>(shape, channel.scale, own.scale, own_columns);
+    spread<S>(shape, channel.constant, own.constant, own_columns);
+  }
+};
+
+}  // namespace
