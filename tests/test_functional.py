@@ -10,6 +10,8 @@ from batchnorm import InputError, NonFiniteWarning, batch_norm, batch_norm_pure
 from batchnorm.functional import updated
 from batchnorm.moments import Moments
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def fresh(dtype=torch.float32):
     return torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 import oracle
 from batchnorm import BatchNorm, batch_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 LAYOUTS = {
     "dense": ((32, 6), None),
     "limit": ((1024, 6), None),

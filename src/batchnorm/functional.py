@@ -175,13 +175,9 @@ def batch_norm_pure(
         torch.Size([3, 2])
     """
     check_momentum(momentum)
-    if (
-        training
-        and running_mean is not None
-        and running_var is not None
-        and native.serves(x, weight, bias, residual)
-    ):
-        running_mean, running_var = running_mean.detach().clone(), running_var.detach().clone()
+    if native.serves(x, weight, bias, residual):
+        if training and running_mean is not None and running_var is not None:
+            running_mean, running_var = running_mean.detach().clone(), running_var.detach().clone()
         y, _ = step(
             x,
             running_mean,

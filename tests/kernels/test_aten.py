@@ -7,6 +7,8 @@ import oracle
 from batchnorm import batch_norm
 from batchnorm.kernels import aten
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 
 def image():
     return torch.randn(4, 6, 5, 7)

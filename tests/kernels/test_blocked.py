@@ -9,6 +9,8 @@ from batchnorm import batch_norm
 from batchnorm.kernels import blocked, reference, select
 from batchnorm.moments import Moments, expand_mask
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 # float64 sums of 100 terms of size up to 10, in another order.
 CLOSE = {"rtol": 1e-13, "atol": 1e-12}
 

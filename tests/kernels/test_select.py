@@ -1,19 +1,44 @@
 """Which kernels serve which call, and that what is reported is what happens."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from batchnorm import backends, batch_norm
-from batchnorm.kernels import select
+from batchnorm.kernels import native, select
 
 
 def backend(x, training=True, **options):
-    statistics = (None, None) if training else (torch.zeros(6), torch.ones(6))
+    statistics = torch.zeros(6), torch.ones(6)
     x = x.requires_grad_()
     return batch_norm(x, *statistics, training=training, **options).grad_fn.backend
 
 
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+@pytest.mark.parametrize("training", [True, False])
+def test_the_native_kernels_serve_whatever_is_eager_on_the_cpu(training):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert backend(torch.randn(8, 6).to(dtype), training) == "native"
+        assert backend(torch.randn(8, 4, 6).to(dtype), training, channel_dim=2) == "native"
+    assert backend(torch.randn(8, 6), training, mask=torch.ones(8)) == "native"
+    assert backend(torch.randn(8, 6) + 100, training) == "native"
+    assert backend(torch.randn(8, 6, 4)[..., ::2], training) == "native"
+    # What they leave to others.
+    assert backend(torch.randn(8, 6), training, residual=torch.randn(8, 6).double()) == "reference"
+    if training:
+        assert backend(torch.randn(8, 6), momentum=torch.tensor(0.1)) == "aten"
+
+
+def test_the_native_kernels_are_built_where_they_can_be():
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    if compiler and "BATCHNORM_DISABLE" not in os.environ:
+        assert native.MISSING is None
+
+
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize("training", [True, False])
 def test_choice(training):
     assert backend(torch.randn(8, 6), training) == "aten"
@@ -24,11 +49,13 @@ def test_choice(training):
     assert backend(torch.randn(8, 6) + 100, True) == "reference"
 
 
+@pytest.mark.usefixtures("without_native")
 def test_evaluation_looks_at_the_offset_of_the_running_statistics():
     y = batch_norm(torch.randn(8, 6, requires_grad=True), torch.full((6,), 100.0), torch.ones(6))
     assert y.grad_fn.backend == "reference"
 
 
+@pytest.mark.usefixtures("without_native")
 def test_planes_too_large_for_torchs_backward_go_to_the_reference():
     """Forward by torch, backward from its statistics, widened: float32 sums would be 1e-5 off."""
     x = torch.randn(2, 3, 80, 80)
@@ -40,7 +67,7 @@ def test_planes_too_large_for_torchs_backward_go_to_the_reference():
         y = batch_norm(leaves[0], None, None, *leaves[1:], True)
         gradients.append(torch.autograd.grad(y, leaves, dy.to(dtype)))
     assert y.grad_fn is not None
-    assert backend(torch.randn(2, 3, 80, 80)) == "aten"
+    assert backend(torch.randn(2, 6, 80, 80)) == "aten"
     (dx, dweight, dbias), want = gradients
     assert torch.equal(dbias, torch.full((3,), 12800.0))
     # dx and dγ of a constant dy are zero but for the rounding of the saved mean, |m| · 2⁻²⁴ < 1e-8
@@ -57,9 +84,16 @@ def test_report_reads_as_a_sentence():
 
 
 def test_report_names_what_serves():
-    names = {b.name for b in backends() if b.available}
-    assert {backend(torch.randn(8, 6)), backend(torch.randn(8, 6).double())} == names
+    names = {b.name: b.available for b in backends()}
+    assert names == {"native": native.MISSING is None, "aten": True, "reference": True}
     assert all(b.serves and b.reason for b in backends())
+
+
+@pytest.mark.usefixtures("without_native")
+def test_report_says_what_is_missing():
+    missing = backends()[0]
+    assert (missing.name, missing.available) == ("native", False)
+    assert str(missing).endswith("Why: a test does without them.")
 
 
 def test_concrete():

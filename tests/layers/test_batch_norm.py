@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import oracle
 from batchnorm import BatchNorm, InputError, NonFiniteWarning, batch_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def test_training_with_a_mask_uses_what_counts_only():
     lengths = torch.tensor([7, 5, 2, 1])

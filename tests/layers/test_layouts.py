@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from batchnorm import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 # Two summation orders or kernels for the same float32 numbers: γ·x̂ + β is rounded a few times,
 # each by 2⁻²⁴ of numbers up to 8, and the sums of up to 2000 values are float64 or blocked.

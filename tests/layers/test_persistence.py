@@ -294,7 +294,7 @@ def test_input_and_output_are_freed_without_the_collector(options, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", LAYERS, ids=label)
 def test_what_the_graph_keeps_alive(options, training):
-    """The input, which it must; the output with a fused activation only; little else."""
+    """The input, which it must; little else."""
     layer = BatchNorm(4, **options).train(training)
     x = torch.randn(32, 4, 4, requires_grad=True)
     saved: dict[int, int] = {}
@@ -305,9 +305,23 @@ def test_what_the_graph_keeps_alive(options, training):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
+    # torch's own tanh keeps its output.
+    keeps = [x, y] if options["activation"] == "tanh" else [x]
     size = x.untyped_storage().nbytes()
     large = [address for address, count in saved.items() if count >= size]
-    keeps = [x] if options["activation"] is None else [x, y]
     assert sorted(large) == sorted(t.untyped_storage().data_ptr() for t in keeps)
-    # count, mean, var and γ, at most four float64 a channel
+    # mean, var, γ and β, at most four float64 a channel
     assert sum(saved.values()) - size * len(keeps) <= 4 * 4 * 8
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_output_is_kept_where_it_tells_the_activations_side(activation):
+    """With a residual, which is not kept; torch would keep the output of its own relu, too."""
+    layer = BatchNorm(4, activation=activation)
+    x, residual = torch.randn(32, 4, 4, requires_grad=True), torch.randn(32, 4, 4)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x, residual=residual)
+    kept = {t.untyped_storage().data_ptr() for t in saved}
+    assert (y.untyped_storage().data_ptr() in kept) == (activation == "relu")
+    assert residual.untyped_storage().data_ptr() not in kept

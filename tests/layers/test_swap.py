@@ -10,6 +10,8 @@ from torch.testing._internal.common_modules import module_db
 
 from batchnorm import ArgumentError, BatchNorm
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 OPTIONS = [

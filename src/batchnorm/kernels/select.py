@@ -1,5 +1,8 @@
 """Which kernels serve this call, and why. The only place that knows all of them.
 
+`native` serves whole calls, before anything here is asked; see `native.serves`. The rest is chosen
+between here.
+
 The names of backends travel from a forward pass to its backward pass, so that both compute from
 statistics of the same kind.
 """
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import aten, blocked, reference
+from batchnorm.kernels import aten, blocked, native, reference
 from batchnorm.kernels.reference import Gradients
 from batchnorm.moments import Moments, accumulation_dtype, expand_mask
 
@@ -45,11 +48,20 @@ def backends() -> tuple[Backend, ...]:
     Example:
         >>> import batchnorm
         >>> [backend.name for backend in batchnorm.backends()]
-        ['aten', 'reference']
-        >>> print(batchnorm.backends()[1])
+        ['native', 'aten', 'reference']
+        >>> print(batchnorm.backends()[-1])
         reference: serves everything else: any device, dtype, layout and mask, ...
     """
     return (
+        Backend(
+            "native",
+            native.MISSING is None,
+            "eager calls on the CPU: float32, float64, float16 and bfloat16, any layout, channel "
+            "axis and mask, activation and residual fused",
+            native.MISSING
+            or f"C++ kernels, here with {native.INSTRUCTIONS[native.use() - 1]} instructions; what "
+            "is compiled, exported or transformed must be operations that torch can see through",
+        ),
         Backend(
             "aten",
             True,
@@ -82,6 +94,8 @@ def eager(tensor: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type != "meta"
+        # grad(…, is_grads_batched=True) and gradcheck have a vmap of their own.
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
 
 

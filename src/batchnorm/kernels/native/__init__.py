@@ -91,9 +91,11 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
     )
 
 
-def use(level: int = -1) -> int:
+def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -> int:
     """Use the instructions of a level, below 0 the best that this processor has; how many it has.
 
-    The same results to rounding; for tests and measurements.
+    The same results to rounding; for tests and measurements. So are the other two: from how many
+    elements on more than one thread works, and beyond how many bytes the output is written past the
+    cache; below 0 as measured.
     """
-    return int(torch.ops.batchnorm.use(level))
+    return int(torch.ops.batchnorm.use(level, serial_elements, stream_bytes))

@@ -40,6 +40,10 @@ constexpr int64_t kNotServed = -1;
 // Elements from which on a second thread is worth waking.
 constexpr int64_t kSerial = 32768;
 
+// Limits in use instead of those measured, or -1: for tests, which cannot be as large as the limits.
+int64_t serial_elements = -1;
+int64_t stream_bytes = -1;
+
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat;
@@ -191,11 +195,13 @@ int64_t cache_bytes() {
 // push out what is still to be read. Measured, forward and backward on 2 cores with 32 MB: at 6 MB a
 // tensor 0.7 times as fast, at 12 MB 1.2, at 25 MB 1.3.
 bool past_cache(const Tensor& x, Dtype dtype) {
-  return x.numel() * size_of(dtype) > cache_bytes() / 8 * 3;
+  const int64_t limit = stream_bytes >= 0 ? stream_bytes : cache_bytes() / 8 * 3;
+  return x.numel() * size_of(dtype) > limit;
 }
 
 int parts_for(int64_t elements) {
-  return elements < kSerial ? 1 : int(torch::stable::get_num_threads());
+  const int64_t limit = serial_elements >= 0 ? serial_elements : kSerial;
+  return elements < limit ? 1 : int(torch::stable::get_num_threads());
 }
 
 // The mask as weights in the order of the tensor's memory, in the precision of computation.
@@ -471,7 +477,11 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   return {dx, dresidual, dweight, dbias, 0};
 }
 
-int64_t use(int64_t level) { return batchnorm::use_kernels(int(level)); }
+int64_t use(int64_t level, int64_t serial, int64_t stream) {
+  serial_elements = serial;
+  stream_bytes = stream;
+  return batchnorm::use_kernels(int(level));
+}
 
 }  // namespace
 
@@ -485,7 +495,7 @@ STABLE_TORCH_LIBRARY(batchnorm, m) {
       "Tensor? mask, float count, float eps, int activation, int channel_dim, bool training, "
       "bool want_x, bool want_residual, bool want_parameters) -> "
       "(Tensor?, Tensor?, Tensor?, Tensor?, int)");
-  m.def("use(int level) -> int");
+  m.def("use(int level, int serial_elements, int stream_bytes) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
