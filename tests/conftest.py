@@ -19,11 +19,22 @@ hypothesis.settings.register_profile("batchnorm", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("batchnorm")
 
 
-if sys.platform == "linux":
+if GLIBC := sys.platform == "linux":
     # Fill all that malloc gives with bytes of ones, NaN in every floating dtype: torch does not
     # poison what the C++ kernels allocate. M_PERTURB is -6; glibc fills with the complement of the
     # value's last byte, and takes 0 for off, but not 256.
     ctypes.CDLL(None).mallopt(-6, 256)
+
+
+@pytest.fixture
+def clean_memory():
+    """Memory as the system gives it: for tests of sizes that should not be written twice."""
+    torch.use_deterministic_algorithms(False)
+    if GLIBC:
+        ctypes.CDLL(None).mallopt(-6, 0)
+    yield
+    if GLIBC:
+        ctypes.CDLL(None).mallopt(-6, 256)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ class NativeFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not select.eager(dy):
+        if torch.is_grad_enabled() or not native.serves_gradient(dy):
             # Someone will differentiate these gradients, or a torch.func transform is running.
             out = _differentiable_gradients(ctx, dy)
             return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)

@@ -240,19 +240,8 @@ def step(
     """
     if native.serves(x, weight, bias, residual):
         served = _native_step(
-            x,
-            running_mean,
-            running_var,
-            counter,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            mask,
-            residual,
-            channel_dim,
-            activation,
+            *(x, running_mean, running_var, counter, weight, bias, training, momentum, eps),
+            *(mask, residual, channel_dim, activation),
         )
         if served is not None:
             return served

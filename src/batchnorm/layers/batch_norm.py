@@ -178,7 +178,7 @@ class BatchNorm(_BatchNorm):
             InputError: the input does not fit, or in training a channel has no more than one value.
                 The message names the layer; nothing has been changed.
         """
-        if isinstance(x, Proxy):
+        if type(x) is not Tensor and isinstance(x, Proxy):
             # torch.fx takes torch's own layers as one node, and must not look inside this one.
             arguments = (x,) if mask is None and residual is None else (x, mask, residual)
             path = x.tracer.path_of_module(self)

@@ -58,8 +58,9 @@ MISSING = _load()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 if MISSING is None:
-    forward = torch.ops.batchnorm.forward.default
-    backward = torch.ops.batchnorm.backward.default
+    # Not the operator but what it calls: 0.3 µs less.
+    forward = torch.ops.batchnorm.forward.default._op
+    backward = torch.ops.batchnorm.backward.default._op
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -88,6 +89,17 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
+    )
+
+
+def serves_gradient(dy: Tensor) -> bool:
+    """Whether the gradient of what was served is a plain tensor too: vmap may bring others."""
+    return (
+        type(dy) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        # grad(…, is_grads_batched=True) and gradcheck have a vmap of their own.
+        and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

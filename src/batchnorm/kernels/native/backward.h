@@ -36,6 +36,7 @@ struct BackwardWork : Work {
   const bool relu;
   const int64_t own_columns;
   Affine<S> side;
+  Array<double> inverse;
   Array<S> channel, own;  // each of the Constants of all channels, of all columns that need it
   const S* column;
   const int64_t of_kind;  // how many of each constant `column` has
@@ -44,7 +45,7 @@ struct BackwardWork : Work {
       : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
         dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
         relu(b.activation == batchnorm::kRelu), own_columns(columns_of(b.shape, P::N, b.mask)),
-        side(b.shape.channels), channel(kConstants * b.shape.channels),
+        side(b.shape.channels), inverse(b.shape.channels), channel(kConstants * b.shape.channels),
         own(kConstants * own_columns), column(own_columns ? own : channel),
         of_kind(own_columns ? own_columns : b.shape.channels) {
     shape = b.shape;
@@ -55,13 +56,17 @@ struct BackwardWork : Work {
     masked = b.mask != nullptr;
     const int64_t n = shape.channels;
     side.set(0, n, b.mean, b.var, b.gamma, b.beta, b.eps);
+    memcpy(channel + kNear * n, side.near, n * sizeof(S));
+    memcpy(channel + kScale * n, side.scale, n * sizeof(S));
+    memcpy(channel + kConstant * n, side.constant, n * sizeof(S));
+    S* __restrict to_inverse = channel + kInverse * n;
+    S* __restrict to_centre = channel + kCentre * n;
+    double* __restrict to_exact = inverse;
     for (int64_t c = 0; c < n; ++c) {
-      const double inverse = 1 / sqrt(b.var[c] + b.eps);
-      channel[kNear * n + c] = side.near[c];
-      channel[kInverse * n + c] = S(inverse);
-      channel[kCentre * n + c] = S((double(side.near[c]) - b.mean[c]) * inverse);
-      channel[kScale * n + c] = side.scale[c];
-      channel[kConstant * n + c] = side.constant[c];
+      const double mean = b.mean[c], exact = 1 / sqrt(b.var[c] + b.eps);
+      to_exact[c] = exact;
+      to_inverse[c] = S(exact);
+      to_centre[c] = S((double(S(mean)) - mean) * exact);
     }
   }
 
@@ -75,7 +80,7 @@ struct BackwardWork : Work {
     const int64_t n = shape.channels;
     const double share = call.count > 0 ? 1 / call.count : 0;
     for (int64_t c = first; c < last; ++c) {
-      const double scale = -share * call.gamma[c] / sqrt(call.var[c] + call.eps);
+      const double scale = -share * call.gamma[c] * inverse[c];
       channel[kSlant * n + c] = S(scale * call.dgamma[c]);
       channel[kLevel * n + c] = S(scale * call.dbeta[c]);
     }

@@ -24,19 +24,24 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// y before the activation is (x − near) · scale + constant, for each channel.
+// y before the activation is (x − near) · scale + constant, for each channel. Both passes of both
+// directions take these from here: the backward pass must find the signs that the forward pass had.
 template <class S>
 struct Affine {
   Array<S> near, scale, constant;
   explicit Affine(int64_t channels) : near(channels), scale(channels), constant(channels) {}
 
-  void set(int64_t first, int64_t last, const double* mean, const double* var, const double* gamma,
-           const double* beta, double eps) const {
+  void set(int64_t first, int64_t last, const double* __restrict mean, const double* __restrict var,
+           const double* __restrict gamma, const double* __restrict beta, double eps) const {
+    S* __restrict to_near = near;
+    S* __restrict to_scale = scale;
+    S* __restrict to_constant = constant;
     for (int64_t c = first; c < last; ++c) {
-      const double slope = gamma[c] / sqrt(var[c] + eps);
-      near[c] = S(mean[c]);
-      scale[c] = S(slope);
-      constant[c] = S(beta[c] - (mean[c] - double(near[c])) * slope);
+      const double slope = gamma[c] * (1 / sqrt(var[c] + eps));
+      const double rounded = double(S(mean[c]));
+      to_near[c] = S(rounded);
+      to_scale[c] = S(slope);
+      to_constant[c] = S(beta[c] - (mean[c] - rounded) * slope);
     }
   }
 };

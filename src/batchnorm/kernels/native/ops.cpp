@@ -7,9 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -37,6 +39,9 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t kNotServed = -1;
 
+// More axes than anyone has, and torch allows 64.
+constexpr int64_t kMostAxes = 16;
+
 // Elements from which on a second thread is worth waking.
 constexpr int64_t kSerial = 32768;
 
@@ -62,40 +67,50 @@ int64_t size_of(Dtype dtype) {
   }
 }
 
+// Scratch memory, without a malloc where there are few channels.
+struct Doubles {
+  double here[256];
+  std::unique_ptr<double[]> elsewhere;
+  double* data = here;
+
+  explicit Doubles(int64_t count) {
+    if (count <= 256) return;
+    elsewhere.reset(new double[count]);
+    data = elsewhere.get();
+  }
+};
+
 // A tensor's axes in the order of its memory, and what that makes of it.
 struct Layout {
   Shape shape;
-  std::vector<int64_t> axes;  // of more than one element, the channel's left out, slowest first
+  // Those of more than one element, the channel's left out, slowest first.
+  int64_t axes[kMostAxes];
+  int64_t rank = 0;
 };
 
 // False if the tensor has gaps or overlaps.
 bool layout_of(const Tensor& x, int64_t channel, Layout& layout) {
   const auto sizes = x.sizes(), strides = x.strides();
-  std::vector<int64_t>& order = layout.axes;
-  order.clear();
+  int64_t order[kMostAxes], count = 0;
   for (int64_t axis = 0; axis < x.dim(); ++axis) {
     if (sizes[axis] == 1) continue;
-    size_t at = order.size();
-    order.push_back(axis);
+    int64_t at = count++;
     for (; at > 0 && strides[order[at - 1]] < strides[axis]; --at) order[at] = order[at - 1];
     order[at] = axis;
   }
   int64_t expected = 1, inner = 1, outer = 1;
-  bool seen = sizes[channel] == 1;  // one channel: all memory is one run
-  for (size_t at = order.size(); at-- > 0;) {
+  bool outside = false;  // of the channel axis; with one channel all memory is one run
+  for (int64_t at = count; at-- > 0;) {
     const int64_t axis = order[at];
     if (strides[axis] != expected) return false;
     expected *= sizes[axis];
-    if (axis == channel) {
-      seen = true;
-      order.erase(order.begin() + at);
-    } else if (sizes[channel] == 1 || !seen) {
-      inner *= sizes[axis];
-    } else {
-      outer *= sizes[axis];
-    }
+    if (axis == channel) outside = true;
+    else (outside ? outer : inner) *= sizes[axis];
   }
   layout.shape = {outer, sizes[channel], inner};
+  layout.rank = 0;
+  for (int64_t at = 0; at < count; ++at)
+    if (order[at] != channel) layout.axes[layout.rank++] = order[at];
   return true;
 }
 
@@ -215,15 +230,14 @@ struct Weights {
 template <class S, class M>
 void fill_weights(const Tensor& x, const Layout& layout, const Tensor& mask, Weights<S>& weights) {
   const auto sizes = x.sizes(), strides = mask.strides();
-  const size_t rank = layout.axes.size();
-  std::vector<int64_t> index(rank, 0);
+  int64_t index[kMostAxes] = {};
   const M* at = (const M*)mask.const_data_ptr();
   weights.values.resize(layout.shape.outer * layout.shape.inner);
   for (S& value : weights.values) {
     value = S(*at);
     weights.total += double(value);
     weights.sound &= value >= 0 && value <= std::numeric_limits<S>::max();
-    for (size_t k = rank; k-- > 0;) {
+    for (int64_t k = layout.rank; k-- > 0;) {
       const int64_t axis = layout.axes[k];
       at += strides[axis];
       if (++index[k] < sizes[axis]) break;
@@ -283,8 +297,8 @@ int64_t update_running(const Tensor& mean, const Tensor& var, const double* batc
   const Dtype mean_dtype = dtype_of(mean), var_dtype = dtype_of(var);
   const int64_t channels = mean.numel();
   const double bessel = count / (count - 1);
-  std::vector<double> values(2 * channels);
-  double* new_mean = values.data();
+  const Doubles values(2 * channels);
+  double* new_mean = values.data;
   double* new_var = new_mean + channels;
   read_vector(mean, new_mean);
   read_vector(var, new_var);
@@ -316,19 +330,23 @@ bool fits(const Tensor& x, const Optional& weight, const Optional& bias, double 
   if (!x.is_cpu() || rank < 2 || channel < -rank || channel >= rank || x.numel() == 0) return false;
   channel = channel < 0 ? channel + rank : channel;
   const int64_t channels = x.size(channel);
-  return dtype_of(x) != Dtype::kOther && eps > 0 && eps < std::numeric_limits<double>::infinity() &&
+  return rank <= kMostAxes && dtype_of(x) != Dtype::kOther && eps > 0 && eps < std::numeric_limits<double>::infinity() &&
          activation >= 0 && activation <= 2 && (!weight || is_vector(*weight, channels)) &&
          (!bias || is_vector(*bias, channels));
 }
 
 // γ and β as doubles; 1 and 0 where there is none.
 struct Parameters {
-  std::vector<double> gamma, beta;
+  Doubles values;
+  double* gamma;
+  double* beta;
 
   Parameters(const Optional& weight, const Optional& bias, int64_t channels)
-      : gamma(channels, 1.0), beta(channels, 0.0) {
-    if (weight) read_vector(*weight, gamma.data());
-    if (bias) read_vector(*bias, beta.data());
+      : values(2 * channels), gamma(values.data), beta(gamma + channels) {
+    if (weight) read_vector(*weight, gamma);
+    else std::fill_n(gamma, channels, 1.0);
+    if (bias) read_vector(*bias, beta);
+    else std::fill_n(beta, channels, 0.0);
   }
 };
 
@@ -384,8 +402,8 @@ Served forward(Tensor x, Optional weight, Optional bias, Optional residual, Opti
   call.count = count;
   call.mean = mean;
   call.var = var;
-  call.gamma = parameters.gamma.data();
-  call.beta = parameters.beta.data();
+  call.gamma = parameters.gamma;
+  call.beta = parameters.beta;
   call.eps = eps;
   call.slope = kLeakySlope;
   call.activation = batchnorm::Activation(activation);
@@ -440,7 +458,7 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   if (want_x) dx = empty_as(x);
   if (writes_residual) dresidual = empty_as(x);
   const Parameters parameters(weight, bias, channels);
-  std::vector<double> sums(2 * channels);
+  const Doubles sums(2 * channels);
 
   batchnorm::Backward call{};
   call.shape = layout.shape;
@@ -453,10 +471,10 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   call.count = count;
   call.mean = (const double*)statistics.const_data_ptr();
   call.var = call.mean + channels;
-  call.gamma = parameters.gamma.data();
-  call.beta = parameters.beta.data();
-  call.dgamma = sums.data();
-  call.dbeta = sums.data() + channels;
+  call.gamma = parameters.gamma;
+  call.beta = parameters.beta;
+  call.dgamma = sums.data;
+  call.dbeta = sums.data + channels;
   call.eps = eps;
   call.slope = kLeakySlope;
   call.activation = batchnorm::Activation(activation);
