@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo picture test quick lint format mutants clean
+.PHONY: demo picture test quick lint format mutants sanitize clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
@@ -37,17 +37,36 @@ format: $(VENV)/dev.stamp
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
 
+# The kernels' tests with a build that watches every access, overflow and shift.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitize: $(VENV)/dev.stamp
+	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build_ext --force \
+	  --build-lib build/sanitize --build-temp build/sanitize/temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=268435456 \
+	  BATCHNORM_NATIVE_LIBRARY=build/sanitize/batchnorm/kernels/native/_kernels.abi3.so \
+	  $(BIN)/python -m pytest -q -p no:xdist -m "not slow" tests/kernels/test_native.py
+
 $(VENV)/bin/python:
 	@echo "Creating $(VENV) and installing torch and the rest: a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/lab.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
+# What the C++ kernels are built with. They need the torch that they will run with, so pip must not
+# build in an environment of its own.
+BUILD := setuptools torch
+NATIVE := setup.py $(wildcard src/batchnorm/kernels/native/*.cpp src/batchnorm/kernels/native/*.h)
+
+$(VENV)/build.stamp: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(BUILD)
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+$(VENV)/lab.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[lab]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/lab.stamp
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/batchnorm/kernels/native/*.so src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

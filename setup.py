@@ -22,6 +22,8 @@ TORCH_TARGET = "0x020b000000000000"
 
 #: Vector code is written out with registers' own types; the rest of -O3 only makes it longer.
 COMMON = ["-std=c++17", "-O2", "-g0", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+#: GCC 12 warns of its own header's registers that are undefined on purpose.
+COMMON += ["-Wno-maybe-uninitialized"]
 #: A comparison with NaN may be reordered: nothing here asks the processor for its exceptions.
 KERNELS = ["-ftree-vectorize", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 

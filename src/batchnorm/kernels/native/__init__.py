@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-LIBRARY = Path(__file__).with_name("_kernels.abi3.so")
+#: Another build of the operators may be named, such as one with sanitizers.
+LIBRARY = Path(
+    os.environ.get("BATCHNORM_NATIVE_LIBRARY") or Path(__file__).with_name("_kernels.abi3.so")
+)
 
 #: What the operators call the activations.
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
@@ -111,3 +114,7 @@ def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -
     cache; below 0 as measured.
     """
     return int(torch.ops.batchnorm.use(level, serial_elements, stream_bytes))
+
+
+#: How many of `INSTRUCTIONS` this processor has.
+LEVELS = use() if MISSING is None else 0

@@ -158,7 +158,7 @@ struct BackwardWork : Work {
   template <class Q, int Where, bool Masked>
   inline Local<Q, Where, Masked> of_column(int64_t j) const {
     const S* k = column + j;
-    return {dy + j, x + j, y + j, dx ? dx + j : nullptr, dresidual ? dresidual + j : nullptr, Q::splat(slope),
+    return {dy + j, x + j, moved(y, j), moved(dx, j), moved(dresidual, j), Q::splat(slope),
             Q::weights(k + kNear * of_kind), Q::weights(k + kInverse * of_kind),
             Q::weights(k + kCentre * of_kind), Q::weights(k + kScale * of_kind),
             Q::weights(k + kSlant * of_kind), Q::weights(k + kLevel * of_kind),
@@ -171,7 +171,7 @@ struct BackwardWork : Work {
   void sum_run(int64_t at, int64_t weight_at, int64_t n, int64_t c, Sums& sums) const {
     const auto local = of_channel<P, Where, Masked>(c);
     const auto local1 = of_channel<P1, Where, Masked>(c);
-    const S* w = mask + weight_at - at;
+    const S* w = moved(mask, weight_at - at);
     const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
     const int64_t end = at + n;
     typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
@@ -191,7 +191,7 @@ struct BackwardWork : Work {
   void put_run(int64_t at, int64_t weight_at, int64_t n, int64_t c) const {
     const auto local = of_channel<P, Where, Masked>(c);
     const auto local1 = of_channel<P1, Where, Masked>(c);
-    const S* w = mask + weight_at - at;
+    const S* w = moved(mask, weight_at - at);
     const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
     const auto single = [&](int64_t i) { local1.template put<false>(i, Masked ? w[i] : S(0)); };
     const int64_t end = at + n;

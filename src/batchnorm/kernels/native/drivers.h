@@ -47,6 +47,12 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Where part `part` of `parts` begins in `total` things.
 inline int64_t start(int64_t total, int part, int parts) { return total * part / parts; }
 
+// `p` moved on, if there is anything at all: null plus something is not defined.
+template <class V>
+inline V* moved(V* p, int64_t by) {
+  return p ? p + by : nullptr;
+}
+
 template <class F>
 inline void in_parallel(int parts, const F& body) {
   if (parts == 1) return body(0);

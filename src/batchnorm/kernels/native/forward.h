@@ -229,7 +229,7 @@ struct ForwardWork : Work {
 
   template <class Q, int A, bool HasResidual>
   inline void put_columns(int64_t from, int64_t to, int64_t j, bool stream) const {
-    const Put<Q, A, HasResidual> put = {x + j, residual + j, y + j, Q::weights(column.near + j),
+    const Put<Q, A, HasResidual> put = {x + j, moved(residual, j), y + j, Q::weights(column.near + j),
                                         Q::weights(column.scale + j),
                                         Q::weights(column.constant + j), Q::splat(slope)};
     const int64_t step = columns, next = (from - to) * step * int64_t(sizeof(T));
