@@ -59,8 +59,8 @@ def backends() -> tuple[Backend, ...]:
             "eager calls on the CPU: float32, float64, float16 and bfloat16, any layout, channel "
             "axis and mask, activation and residual fused",
             native.MISSING
-            or f"C++ kernels, here with {native.INSTRUCTIONS[native.LEVELS - 1]} instructions; what "
-            "is compiled, exported or transformed must be operations that torch can see through",
+            or f"C++ kernels, here with {native.INSTRUCTIONS[native.LEVELS - 1]} instructions; "
+            "what is compiled, exported or transformed must be operations that torch sees through",
         ),
         Backend(
             "aten",
