@@ -146,7 +146,8 @@ class NativeFunction(torch.autograd.Function):
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
     (with a channel axis of size 1), running mean and variance, counter, momentum, eps, activation,
-    channel axis, training.
+    channel axis, training, and whether the running update is to come later; then a list that gets
+    what that needs.
     """
 
     @staticmethod
@@ -158,10 +159,12 @@ class NativeFunction(torch.autograd.Function):
         residual: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, int]:
-        y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
+        *arguments, kept = options
+        y, statistics, count, refused = native.forward(x, weight, bias, residual, *arguments)
         if refused == native.NOT_SERVED:
             raise NotServedError
-        mask, _, _, _, _, eps, activation, channel_dim, training = options
+        mask, _, _, _, _, eps, activation, channel_dim, training, _ = arguments
+        kept += (statistics, count)
         ctx.set_materialize_grads(False)
         ctx.backend = "native"
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -187,7 +190,7 @@ class NativeFunction(torch.autograd.Function):
             out = _differentiable_gradients(ctx, dy)
             return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)
         x, weight, bias, y, mask, statistics = ctx.saved_tensors
-        dx, dz, d_weight, d_bias, _ = native.backward(
+        dx, dz, d_weight, d_bias, served = native.backward(
             dy,
             x,
             y,
@@ -200,11 +203,12 @@ class NativeFunction(torch.autograd.Function):
             needs[3],
             needs[1] or needs[2],
         )
+        if served == native.NOT_SERVED:  # a hook has brought back other tensors than were saved
+            out = _differentiable_gradients(ctx, dy)
+            return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)
         if needs[3] and dz is None:
             dz = dy
-        if needs[2] and d_bias.dtype is not ctx.bias_dtype:
-            d_bias = d_bias.to(ctx.bias_dtype)
-        return dx, d_weight, d_bias if needs[2] else None, dz, None
+        return dx, d_weight if needs[1] else None, d_bias if needs[2] else None, dz, None
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
@@ -257,8 +261,12 @@ def native_step(
     bias: Tensor | None,
     residual: Tensor | None,
     options: tuple[Any, ...],
+    kept: list[Any],
 ) -> tuple[Tensor, int] | None:
-    """NativeFunction, or its kernels alone where nobody asks for gradients; None: not served."""
+    """NativeFunction, or its kernels alone where nobody asks for gradients; None: not served.
+
+    `kept` gets the statistics and their count.
+    """
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -266,11 +274,16 @@ def native_step(
         or (residual is not None and residual.requires_grad)
     ):
         try:
-            y, refused = NativeFunction.apply(x, weight, bias, residual, options)
-        except NotServedError:
+            y, refused = NativeFunction.apply(x, weight, bias, residual, (*options, kept))
+        except (NotServedError, NotImplementedError):
+            # The second: one of the tensors is on a device, or of a kind, that has no such kernels.
             return None
         return y, refused
-    y, _, _, refused = native.forward(x, weight, bias, residual, *options)
+    try:
+        y, *of_batch, refused = native.forward(x, weight, bias, residual, *options)
+    except NotImplementedError:
+        return None
+    kept += of_batch
     return None if refused == native.NOT_SERVED else (y, refused)
 
 

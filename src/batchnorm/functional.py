@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -292,20 +292,23 @@ def _native_step(
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` by the C++ kernels, which check their arguments themselves; None: not served."""
     if type(momentum) is float or type(momentum) is int:
-        share = momentum if momentum >= 0 else math.nan  # which they refuse
+        share = float(momentum) if 0 <= momentum <= 1 else math.nan  # which they refuse
     elif momentum is None and counter is not None:
         share = native.PLAIN_AVERAGE
     else:
         return None
     fused = activation if isinstance(activation, str) else None
     code = native.ACTIVATIONS.get(fused)
+    after = activation if callable(activation) else None
     if (
         code is None
-        or type(eps) is not float
+        or (activation is not None and fused is None and after is None)
+        or type(eps) not in (float, int)
         or type(channel_dim) is not int
         or x.dim() < 2
         or not -x.dim() <= channel_dim < x.dim()
-        or not native.plain(running_mean, running_var)
+        or (weight is not None and bias is not None and weight.dtype is not bias.dtype)
+        or not native.serves_buffers(running_mean, running_var)
     ):
         return None
     weights = None
@@ -315,24 +318,30 @@ def _native_step(
             return None
         weights = expand_mask(mask, x, channel_dim)
         weights = weights if weights.dtype in native.MASKS else weights.double()
+    # An activation or a hook may raise, and then nothing must have changed.
+    later = after is not None or native.hooked()
     options = (
         *(weights, running_mean, running_var, counter),
-        *(share, eps, code, channel_dim, bool(training)),
+        *(share, float(eps), code, channel_dim, bool(training), later),
     )
-    served = native_step(x, weight, bias, residual, options)
+    kept: list[Any] = []
+    served = native_step(x, weight, bias, residual, options, kept)
     if served is None:
         return None
     y, refused = served
-    if callable(activation):
-        y = activation(y)
+    if after is not None:
+        y = after(y)
     if not training or running_mean is None or running_var is None:
         return y, None
+    if later:
+        refused = native.update(*kept, running_mean, running_var, counter, share)
     # The kernels change memory behind autograd's back.
     torch.autograd.graph.increment_version((running_mean, running_var))
     if not refused:
         return y, None
-    moments = Moments.of(x.detach(), mask, channel_dim=channel_dim)
-    return y, ~sound(moments, running_mean, running_var, together=momentum is None)
+    (mean, var), count = kept
+    of_batch = Moments(mean.new_tensor(count), mean, var * count)
+    return y, ~sound(of_batch, running_mean, running_var, together=momentum is None)
 
 
 def sound(moments: Moments, running_mean: Tensor, running_var: Tensor, *, together: bool) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from batchnorm import BatchNorm, batch_norm
+from batchnorm import ArgumentError, BatchNorm, batch_norm
 from batchnorm.kernels import native
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -298,6 +298,7 @@ def test_what_is_not_served_is_left_untouched():
             "activation": 0,
             "channel_dim": 1,
             "training": True,
+            "later": False,
         } | changed
         return native.forward(**arguments)[-1]
 
@@ -337,6 +338,7 @@ def test_what_is_not_served_is_left_untouched():
         {"mask": torch.full((6, 1), math.inf)},
         {"mask": torch.ones(6, 1, dtype=torch.int64)},
         {"mask": torch.ones(6)},
+        {"mask": torch.ones(5, 1)},
     ]
     for changed in refused:
         assert call(**changed) == native.NOT_SERVED, changed
@@ -361,3 +363,146 @@ def test_more_elements_than_31_bits_count(shape):
     before = -1 - shape[1] if len(shape) == 2 else -2  # of the same channel
     torch.testing.assert_close(y[[before, -1]], want.bfloat16())
     assert y[0] == 0  # another channel, all zeros
+
+
+# --- what the layer and the functions make of them ----------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", range(1, 16))
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "neither"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_any_of_the_inputs(wanted, affine, training):
+    x, residual = torch.randn(2, 6, 3)
+    weight = torch.randn(3) if affine in ("both", "weight") else None
+    bias = torch.randn(3) if affine in ("both", "bias") else None
+    inputs = [x, weight, bias, residual]
+    results = []
+    for name in ("native", None):
+        leaves = [
+            None if t is None else t.clone().requires_grad_(bool(wanted >> k & 1))
+            for k, t in enumerate(inputs)
+        ]
+        asked = [t for t in leaves if t is not None and t.requires_grad]
+        if not asked:
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            if name is None:
+                patch.setattr(native, "MISSING", "for comparison")
+            statistics = torch.zeros(3), torch.ones(3)
+            y = batch_norm(
+                leaves[0],
+                *statistics,
+                *leaves[1:3],
+                training,
+                residual=leaves[3],
+                activation="relu",
+            )
+            assert (y.grad_fn.backend == "native") == (name == "native")
+            torch.manual_seed(1)
+            results.append(torch.autograd.grad(y, asked, torch.randn(6, 3)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_raises_afterwards_has_changed_nothing():
+    def pack(tensor):
+        raise ValueError
+
+    def fails(y):
+        raise ValueError
+
+    x = torch.randn(6, 3)
+    for bn in (BatchNorm(3, activation=fails), BatchNorm(3)):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with pytest.raises(ValueError), hooks:  # noqa: PT011
+            bn(x)
+        assert bn.num_batches_tracked == 0
+        assert torch.equal(bn.running_mean, torch.zeros(3))
+        assert torch.equal(bn.running_var, torch.ones(3))
+
+
+def test_an_update_that_comes_later_is_the_same_update():
+    x = torch.randn(6, 3)
+    for momentum in (0.3, None):
+        fused, later = BatchNorm(3, momentum=momentum), BatchNorm(3, momentum=momentum)
+        later.activation = lambda y: y
+        for _ in range(3):
+            fused(x)
+            later(x)
+        assert torch.equal(fused.running_mean, later.running_mean)
+        assert torch.equal(fused.running_var, later.running_var)
+        assert fused.num_batches_tracked == later.num_batches_tracked == 3
+
+
+def test_checkpointing_that_stops_early_counts_once():
+    """Of a layer that comes last, torch's recomputation sees the inputs only."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), BatchNorm(3))
+    x = torch.randn(6, 3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False).square().sum().backward()
+    assert net[1].num_batches_tracked == 1
+
+
+def test_hooks_that_bring_back_other_strides():
+    def unpack(tensor):
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    x, weight = torch.randn(6, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    dy = torch.randn(6, 3)
+    want = torch.autograd.grad(batch_norm(x, None, None, weight, training=True), (x, weight), dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+        y = batch_norm(x, None, None, weight, training=True)
+    for a, b in zip(torch.autograd.grad(y, (x, weight), dy), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_far_first_element_of_a_long_channel(level):
+    """Its square cancels; what the sums of two million equal terms have lost must not show."""
+    native.use(level)
+    x = torch.tensor([0.1, 0.3])[torch.randint(0, 2, (2_000_000,))]
+    x[0] = 93.7
+    mean, var = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    batch_norm(
+        x[:, None].expand(-1, 20).contiguous()[:, :1], mean, var, training=True, momentum=1.0
+    )
+    wide = x.double()
+    assert abs(mean - wide.mean()) <= 1e-10
+    assert abs(var / wide.var() - 1) <= 1e-8
+
+
+def test_bytes_of_a_mask_other_than_one():
+    mask = torch.tensor([0, 255, 3, 1, 0, 255], dtype=torch.uint8).view(torch.bool)
+    x = torch.arange(6.0).reshape(6, 1) ** 2
+    mean, var = torch.zeros(1), torch.zeros(1)
+    batch_norm(x, mean, var, training=True, momentum=1.0, mask=mask)
+    picked = x[[1, 2, 3, 5]]
+    assert (mean.item(), var.item()) == (picked.mean().item(), picked.var().item())
+
+
+def test_left_to_others():
+    """What the kernels cannot do is done otherwise, or refused in the usual words."""
+    x = torch.randn(6, 3)
+    with pytest.raises(ArgumentError, match="activation"):
+        batch_norm(x, None, None, training=True, activation=3)
+    half, single = torch.ones(3).half().requires_grad_(), torch.zeros(3, requires_grad=True)
+    y = batch_norm(x, None, None, half, single, True)
+    (d_bias,) = torch.autograd.grad(y, single, torch.full((6, 3), 3e4))
+    assert d_bias.tolist() == [180000.0] * 3  # infinity in half precision
+    mean, var = torch.zeros(3, requires_grad=True), torch.ones(3)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        batch_norm(x, mean, var, training=True)
+    bn = BatchNorm(3)
+    bn.num_batches_tracked = torch.tensor(0, device="meta")
+    bn(x)
+    assert not torch.equal(bn.running_mean, torch.zeros(3))
+
+
+def test_the_gradient_of_a_residual_under_a_mask_is_the_same_to_any_order():
+    x, residual = torch.randn(3, 2), torch.randn(3, 2, requires_grad=True)
+    x[1, 0] = torch.nan
+    mask, dy = torch.tensor([True, False, True]), torch.ones(3, 2)
+    y = batch_norm(x, None, None, training=True, mask=mask, residual=residual)
+    (first,) = torch.autograd.grad(y, residual, dy, retain_graph=True)
+    (again,) = torch.autograd.grad(y, residual, dy, create_graph=True)
+    assert torch.equal(first, again)
+    assert first[1].tolist() == [0.0, 1.0]

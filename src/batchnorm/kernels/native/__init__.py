@@ -64,11 +64,30 @@ if MISSING is None:
     # Not the operator but what it calls: 0.3 µs less.
     forward = torch.ops.batchnorm.forward.default._op
     backward = torch.ops.batchnorm.backward.default._op
+    update = torch.ops.batchnorm.update.default._op
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors of torch's own class, or None."""
-    return all(t is None or type(t) in _PLAIN for t in tensors)
+def serves_buffers(*buffers: Tensor | None) -> bool:
+    """Whether these may be changed without autograd's knowing, or are None."""
+    return all(
+        b is None
+        or (
+            type(b) in _PLAIN
+            and not b.requires_grad
+            and not b.is_neg()
+            and (not b.is_inference() or torch.is_inference_mode_enabled())
+        )
+        for b in buffers
+    )
+
+
+def hooked() -> bool:
+    """Whether hooks see what autograd saves. They may raise: checkpointing does, to stop early."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _inference(x: Tensor, weight: Tensor | None) -> bool:
+    return x.is_inference() or (weight is not None and weight.is_inference())
 
 
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -90,8 +109,11 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         # transform run, does anyone watch or replace operations, is there a forward-mode level.
         and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
+        # Autograd refuses to save them, after the kernels have changed the buffers.
+        and (torch.is_inference_mode_enabled() or not _inference(x, weight))
     )
 
 

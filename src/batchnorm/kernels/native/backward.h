@@ -44,7 +44,7 @@ struct BackwardWork : Work {
   explicit BackwardWork(const Backward& b)
       : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
         dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
-        relu(b.activation == batchnorm::kRelu), own_columns(columns_of(b.shape, P::N, b.mask)),
+        relu(b.activation == batchnorm::kRelu), own_columns(columns_of(b.shape, P::N, b.mask, b.parts)),
         side(b.shape.channels), inverse(b.shape.channels), channel(kConstants * b.shape.channels),
         own(kConstants * own_columns), column(own_columns ? own : channel),
         of_kind(own_columns ? own_columns : b.shape.channels) {
@@ -127,8 +127,9 @@ struct BackwardWork : Work {
     template <bool Stream>
     inline void put(int64_t at, V w) const {
       const Terms t = terms(at, w);
-      if (Where == kFromY && dresidual) Q::store(dresidual + at, t.dz);
-      if (Where == kFromY && !dx) return;
+      // Without an activation it is dy itself, unless a mask drops some of it.
+      if ((Where == kFromY || Masked) && dresidual) Q::store(dresidual + at, t.dz);
+      if ((Where == kFromY || Masked) && !dx) return;
       V d = scale * t.dz;
       // Constants of 0 would not do: 0 · NaN is NaN.
       if (training) {

@@ -7,8 +7,10 @@
 namespace batchnorm {
 
 extern const Kernels baseline;
-#if defined(__x86_64__)
+#if BATCHNORM_LEVELS > 1
 extern const Kernels avx2;
+#endif
+#if BATCHNORM_LEVELS > 2
 extern const Kernels avx512;
 #endif
 
@@ -18,15 +20,16 @@ namespace {
 int supported(const Kernels** sets) {
   int count = 0;
   sets[count++] = &baseline;
-#if defined(__x86_64__)
+#if BATCHNORM_LEVELS > 1
   __builtin_cpu_init();
   // Every processor with AVX2 and FMA has F16C, which old compilers cannot ask for.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets[count++] = &avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      sets[count++] = &avx512;
-  }
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return count;
+  sets[count++] = &avx2;
+#endif
+#if BATCHNORM_LEVELS > 2
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    sets[count++] = &avx512;
 #endif
   return count;
 }

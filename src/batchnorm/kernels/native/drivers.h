@@ -55,9 +55,16 @@ inline V* moved(V* p, int64_t by) {
 
 template <class F>
 inline void in_parallel(int parts, const F& body) {
-  if (parts == 1) return body(0);
+  const auto fenced = [&body](int part) {
+    body(part);
+#if defined(__x86_64__)
+    _mm_sfence();  // what was written past the cache is there before anyone is told
+#endif
+  };
+  if (parts == 1) return fenced(0);
+  typedef decltype(fenced) Fenced;
   batchnorm::parallel(
-      parts, [](void* context, int part) { (*(const F*)context)(part); }, (void*)&body);
+      parts, [](void* context, int part) { (*(const Fenced*)context)(part); }, (void*)&fenced);
 }
 
 // A channel's two sums: in the lanes of registers, and of what does not fill one.
@@ -304,19 +311,23 @@ inline void by_rows(int parts, Work& work) {
 // Runs shorter than this are not worth a loop of their own: all columns of (C, inner) are, together.
 constexpr int64_t kShortRun = 32;
 
-inline bool in_rows(const Shape& shape, bool masked) {
-  return shape.inner == 1 || (shape.inner < kShortRun && !masked);
+// With as many columns and few rows, the columns' own constants and sums would be most of the work.
+constexpr int64_t kLeastRowsPerPart = 8;
+
+inline bool in_rows(const Shape& shape, bool masked, int parts) {
+  return shape.inner == 1 ||
+         (shape.inner < kShortRun && !masked && shape.outer >= kLeastRowsPerPart * parts);
 }
 
 // How many columns need constants of their own: none where each is a channel.
-inline int64_t columns_of(const Shape& shape, int64_t lanes, bool masked) {
-  if (!in_rows(shape, masked)) return 0;
+inline int64_t columns_of(const Shape& shape, int64_t lanes, bool masked, int parts) {
+  if (!in_rows(shape, masked, parts)) return 0;
   const int64_t columns = rows_of(shape, lanes, masked).columns;
   return columns == shape.channels ? 0 : columns;
 }
 
 inline void run(int parts, Work& work) {
-  if (in_rows(work.shape, work.masked)) return by_rows(parts, work);
+  if (in_rows(work.shape, work.masked, parts)) return by_rows(parts, work);
   const int64_t channels = work.shape.channels, most = (channels + parts - 1) / parts;
   // Without sums to wait for, threads go through memory in its own order.
   if (work.two_passes && double(most * parts) <= kImbalance * double(channels))

@@ -234,7 +234,8 @@ void fill_weights(const Tensor& x, const Layout& layout, const Tensor& mask, Wei
   const M* at = (const M*)mask.const_data_ptr();
   weights.values.resize(layout.shape.outer * layout.shape.inner);
   for (S& value : weights.values) {
-    value = S(*at);
+    // A bool may be any byte but 0.
+    value = std::is_same_v<M, uint8_t> ? S(*at != 0) : S(*at);
     weights.total += double(value);
     weights.sound &= value >= 0 && value <= std::numeric_limits<S>::max();
     for (int64_t k = layout.rank; k-- > 0;) {
@@ -269,6 +270,8 @@ struct Mask {
     total = double(layout.shape.outer) * double(layout.shape.inner);
     if (!mask) return true;
     if (!mask->is_cpu() || mask->dim() != x.dim()) return false;
+    for (int64_t k = 0; k < layout.rank; ++k)
+      if (mask->size(layout.axes[k]) != x.size(layout.axes[k])) return false;
     if (dtype == Dtype::kDouble) {
       if (!weights_of(x, layout, *mask, wide)) return false;
       *data = wide.values.data(), total = wide.total, sound = wide.sound;
@@ -319,6 +322,21 @@ int64_t update_running(const Tensor& mean, const Tensor& var, const double* batc
   return refused;
 }
 
+// momentum below 0: a plain average over all batches, this one included.
+// The running update alone, by moments that `forward` has given: channels left out, or not served.
+int64_t update(Tensor statistics, double count, Tensor running_mean, Tensor running_var,
+               Optional counter, double momentum) {
+  const double* mean = (const double*)statistics.const_data_ptr();
+  const int64_t channels = statistics.size(1);
+  const bool average = momentum < 0;
+  const int64_t batches = counter ? *(const int64_t*)counter->const_data_ptr() : 0;
+  const int64_t refused =
+      update_running(running_mean, running_var, mean, mean + channels, count,
+                     average ? 1.0 / double(batches + 1) : momentum, average);
+  if (counter && refused < channels) *(int64_t*)counter->mutable_data_ptr() = batches + 1;
+  return refused;
+}
+
 // --- forward -------------------------------------------------------------------------------------
 
 using Served = std::tuple<Tensor, Tensor, double, int64_t>;
@@ -354,7 +372,7 @@ constexpr double kLeakySlope = 0.01;  // torch.nn.LeakyReLU's default, as in ref
 
 Served forward(Tensor x, Optional weight, Optional bias, Optional residual, Optional mask,
                Optional running_mean, Optional running_var, Optional counter, double momentum,
-               double eps, int64_t activation, int64_t channel, bool training) {
+               double eps, int64_t activation, int64_t channel, bool training, bool later) {
   const Served not_served = {x, x, 0.0, kNotServed};
   if (!fits(x, weight, bias, eps, activation, channel)) return not_served;
   const int64_t channels = x.size(channel);
@@ -412,16 +430,9 @@ Served forward(Tensor x, Optional weight, Optional bias, Optional residual, Opti
   call.parts = parts_for(x.numel());
   batchnorm::kernels().forward(dtype, call);
 
-  int64_t refused = 0;
-  if (training && has_statistics) {
-    // momentum below 0: a plain average over all batches, this one included.
-    const bool average = momentum < 0;
-    const int64_t batches = counter ? *(const int64_t*)counter->const_data_ptr() : 0;
-    refused = update_running(*running_mean, *running_var, mean, var, count,
-                             average ? 1.0 / double(batches + 1) : momentum, average);
-    if (counter && refused < channels) *(int64_t*)counter->mutable_data_ptr() = batches + 1;
-  }
-  return {y, statistics, count, refused};
+  const bool updates = training && has_statistics && !later;
+  return {y, statistics, count,
+          updates ? update(statistics, count, *running_mean, *running_var, counter, momentum) : 0};
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -439,7 +450,7 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   if (!dy.is_cpu() || dtype_of(dy) != dtype || !same_sizes(dy, x) || statistics.dim() != 2 ||
       statistics.size(1) != channels || dtype_of(statistics) != Dtype::kDouble)
     return not_served;
-  if (y && (dtype_of(*y) != dtype || !same_sizes(*y, x))) return not_served;
+  if (y && (!y->is_cpu() || dtype_of(*y) != dtype || !same_sizes(*y, x))) return not_served;
 
   Layout layout;
   if (!layout_of(x, channel, layout)) {
@@ -453,12 +464,13 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
 
   dy = arranged_like(dy, x);
   const Tensor side = y ? arranged_like(*y, x) : x;
-  const bool writes_residual = want_residual && activation != batchnorm::kNone;
+  const bool writes_residual = want_residual && (activation != batchnorm::kNone || mask);
   Optional dx, dresidual, dweight, dbias;
   if (want_x) dx = empty_as(x);
   if (writes_residual) dresidual = empty_as(x);
   const Parameters parameters(weight, bias, channels);
   const Doubles sums(2 * channels);
+  std::fill_n(sums.data, 2 * channels, 0.0);
 
   batchnorm::Backward call{};
   call.shape = layout.shape;
@@ -507,7 +519,11 @@ STABLE_TORCH_LIBRARY(batchnorm, m) {
   m.def(
       "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? counter, float momentum, "
-      "float eps, int activation, int channel_dim, bool training) -> (Tensor, Tensor, float, int)");
+      "float eps, int activation, int channel_dim, bool training, bool later) -> "
+      "(Tensor, Tensor, float, int)");
+  m.def(
+      "update(Tensor statistics, float count, Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "Tensor(c!)? counter, float momentum) -> int");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? weight, Tensor? bias, "
       "Tensor? mask, float count, float eps, int activation, int channel_dim, bool training, "
@@ -519,6 +535,7 @@ STABLE_TORCH_LIBRARY(batchnorm, m) {
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("update", TORCH_BOX(&update));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) {

@@ -50,19 +50,19 @@ struct Backward {
   const void* y;     // only to tell the activation's side where a residual was added; else null
   const void* mask;
   void* dx;
-  void* dresidual;   // only where there is an activation: else it is dy itself
+  void* dresidual;   // only where there is an activation or a mask: else it is dy itself
   double count;
   const double* mean;
   const double* var;
   const double* gamma;
   const double* beta;
-  double* dgamma;    // always computed: dx needs them
+  double* dgamma;    // computed, unless `sums_given`
   double* dbeta;
   double eps;
   double slope;
   Activation activation;
   bool training;     // the moments came from x: gradients go through them
-  bool sums_given;   // dgamma and dbeta are inputs, already summed over all processes
+  bool sums_given;   // nobody asks for dgamma and dbeta, or they are inputs
   bool stream;
   int parts;
 };
