@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo picture test quick lint format mutants sanitize clean
+.PHONY: demo picture test quick lint format mutants sanitize bench clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
@@ -67,6 +67,12 @@ $(VENV)/lab.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stam
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/lab.stamp
+
+# How fast the layer is here, beside torch: half an hour on a quiet machine, or SUITE=quick.
+SUITE ?= full
+bench: $(VENV)/lab.stamp
+	$(BIN)/batchnorm bench --suite $(SUITE) \
+	  --json benchmarks/results/cpu$(if $(filter-out full,$(SUITE)),-$(SUITE)).json
 
 clean:
 	rm -rf $(VENV) build dist src/batchnorm/kernels/native/*.so src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

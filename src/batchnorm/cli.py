@@ -7,16 +7,22 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from batchnorm._version import __version__
 from batchnorm.errors import BatchNormError
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 # What a shell expects of a program that Ctrl-C has stopped: 128 + SIGINT.
 INTERRUPTED = 130
 
 # What a shell expects of a program that was given something it cannot use.
 MISUSED = 2
+
+# `bench` has found a result of ours that is wrong.
+WRONG_RESULT = 1
 
 # The experiment of `lab run` without a name.
 MAIN_EXPERIMENT = "convergence"
@@ -203,7 +209,64 @@ def _command() -> Callable[[], Any]:
 
         _print_text(Console(), f"Report: {lab.write_report(directory)}")
 
+    _add_bench(app)
     return app
+
+
+def _add_bench(app: "Typer") -> None:
+    import typer
+    from rich.console import Console
+
+    @app.command("bench")
+    def bench(
+        suite: Annotated[
+            str,
+            typer.Option(
+                metavar="quick|full",
+                help="quick takes about a minute; full, every case and torch.compile for each, "
+                "about half an hour on 2 cores.",
+            ),
+        ] = "quick",
+        device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+        json: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE", help="Write all that was measured there, and figures beside it."
+            ),
+        ] = None,
+        threads: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Threads; as many as torch takes if not given."),
+        ] = None,
+        text: Annotated[
+            str,
+            typer.Option(
+                "--filter",
+                metavar="TEXT",
+                help="Only cases with TEXT in their names, such as 32x64x56x56 or bfloat16.",
+            ),
+        ] = "",
+    ) -> None:
+        """Measure how fast the layer is, beside torch eager and torch.compile.
+
+        All take turns in each round; a ratio is the median over rounds of their time over ours. On
+        the CPU everything is measured twice: with the allocator as it is, and set up to keep its
+        memory, so that page faults are not counted as kernels. Every result is first compared with
+        float64: where ours is wrong there is no ratio, and the exit status is 1.
+        """
+        from batchnorm import bench
+        from batchnorm.bench import report
+        from batchnorm.bench.progress import Bar
+
+        if json:
+            bench.prepare(json)
+        with Bar(Console(stderr=True)) as progress:
+            content = bench.run(suite, device=device, threads=threads, text=text, progress=progress)
+        report.show(content, Console())
+        for path in bench.save(content, json) if json else ():
+            _print_text(Console(), f"Written: {path}")
+        if bench.refused(content):
+            raise typer.Exit(WRONG_RESULT)
 
 
 def _print_findings(console: Any, content: dict[str, Any]) -> None:

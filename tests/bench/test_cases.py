@@ -1,0 +1,84 @@
+import itertools
+import re
+
+import pytest
+import torch
+
+from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, find
+from batchnorm.errors import ArgumentError
+
+#: What a step reads and writes once, by name.
+FORWARD = {"bn": ["x", "y"], "bn+relu": ["x", "y"], "bn+add+relu": ["x", "residual", "y"]}
+BACKWARD = {
+    "bn": ["x", "dy", "dx"],
+    "bn+relu": ["x", "dy", "dx"],
+    "bn+add+relu": ["x", "dy", "dx", "dresidual"],
+}
+
+
+def test_floors_count_the_tensors_that_move():
+    assert list(FLOORS) == list(itertools.product(PASSES, FUSIONS))
+    for fusion in FUSIONS:
+        forward, backward = len(FORWARD[fusion]), len(BACKWARD[fusion])
+        assert FLOORS["forward", fusion] == FLOORS["inference", fusion] == forward
+        assert FLOORS["forward+backward", fusion] == forward + backward
+    with pytest.raises(TypeError):
+        FLOORS["forward", "bn"] = 1
+
+
+def test_the_full_suite_has_the_cases_that_were_promised():
+    titles = [case.title for case in SUITES["full"].cases]
+    assert len(set(titles)) == len(titles)
+    resnet = ("64x112x112", "64x56x56", "256x56x56", "128x28x28", "512x28x28", "256x14x14")
+    resnet += ("1024x14x14", "512x7x7", "2048x7x7")
+    expected = {f"{n}x{rest} float32 contiguous" for n in (8, 32) for rest in resnet}
+    expected |= {
+        f"{shape} float32 dense"
+        for shape in ("64x10", "64x256", "16384x10", "4096x1024", "65536x64")
+    }
+    expected |= {
+        f"{shape} float32 contiguous" for shape in ("2x64x32x32", "32x128x512", "8x16x32x32x32")
+    }
+    expected |= {
+        "32x64x56x56 float32 channels-last",
+        "4096x1024 bfloat16 dense",
+        "32x64x56x56 bfloat16 contiguous",
+        "32x64x56x56 bfloat16 channels-last",
+    }
+    assert set(titles) == expected
+    assert SUITES["full"].compiled == set(SUITES["full"].cases)
+    assert SUITES["full"].rounds >= 15
+    assert SUITES["quick"].rounds >= 6
+
+
+def test_sizes_double_from_1_kb_to_400_mb():
+    full = [case.bytes for case in SUITES["full"].sizes]
+    quick = [case.bytes for case in SUITES["quick"].sizes]
+    assert (full[0], full[-1]) == (1 << 10, 400 << 20)
+    assert (quick[0], quick[-1]) == (1 << 10, 16 << 20)
+    assert all(b == 2 * a for a, b in itertools.pairwise(full[:-1]))
+    assert full[: len(quick)] == quick
+
+
+def test_a_case_says_what_it_is():
+    case = Case((2, 3, 5), torch.bfloat16)
+    assert (case.title, case.bytes) == ("2x3x5 bfloat16 contiguous", 60)
+
+
+def test_the_filter_chooses_by_title_without_case():
+    chosen = find("full", "BFLOAT16 c")
+    assert [case.layout for case in chosen.cases] == ["contiguous", "channels-last"]
+    assert chosen.sizes == ()
+    assert chosen.rounds == SUITES["full"].rounds
+
+
+@pytest.mark.parametrize(
+    ("suite", "text", "message"),
+    [
+        ("nope", "", "There is no suite called 'nope'. Expected one of: quick, full."),
+        ("quick", "7x7x7x7", "No case of the quick suite has '7x7x7x7' in its name."),
+    ],
+)
+def test_what_there_is_not(suite, text, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        find(suite, text)

@@ -1,0 +1,175 @@
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from batchnorm import BatchNorm
+from batchnorm.bench import cases, measure, peers, worker
+from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, Suite
+from batchnorm.bench.measure import Times
+from batchnorm.bench.worker import Request, work
+
+REQUEST = Request("quick", "", "cpu", None, "default", 0)
+
+KEYS = {"case", "dtype", "layout", "pass", "fusion", "peer", "ratio", "bandwidth_fraction"}
+KEYS |= {"allocator"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A suite of one case and one size, which torch.compile takes part in."""
+    case = Case((8, 3, 5))
+    suite = Suite((case,), frozenset({case}), (Case((4, 64, 1, 1)),), rounds=6)
+    monkeypatch.setattr(cases, "SUITES", types.MappingProxyType({**SUITES, "quick": suite}))
+    # Compiling takes seconds, and is left to one test.
+    monkeypatch.setattr(torch, "compile", lambda expression: expression)
+    return suite
+
+
+def times(**seconds):
+    return {
+        name.replace("_", " "): Times(tuple(values), (0.0,) * len(values))
+        for name, values in seconds.items()
+    }
+
+
+def rows(events):
+    return [event for event in events if event["event"] == "row"]
+
+
+def test_everything_is_measured_once_and_announced(tiny):
+    events = list(work(REQUEST))
+    found = rows(events)
+    combinations = {(row["pass"], row["fusion"], row["peer"]) for row in found}
+    assert len(found) == len(combinations) == len(PASSES) * len(FUSIONS) * 2
+    steps = [event["what"] for event in events if event["event"] == "step"]
+    assert len(steps) == worker.steps(tiny) == 9 + 2
+    assert steps[0] == "8x3x5 float32 contiguous, forward, bn"
+    for row in found:
+        assert row.keys() >= KEYS
+        assert (row["case"], row["dtype"], row["layout"]) == ("8x3x5", "float32", "contiguous")
+        assert (row["status"], row["rounds"], row["allocator"]) == ("ok", 6, "default")
+        low, high = row["interval"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["bandwidth_fraction"] > 0
+        assert row["error"] <= row["error_bound"]
+    sizes = [event for event in events if event["event"] == "size"]
+    assert [size["pass"] for size in sizes] == ["forward", "forward+backward"]
+    assert sizes[0]["bytes"] == 1024
+    assert sizes[0]["us"].keys() == {"batchnorm", "torch eager", "copy"}
+
+
+def test_a_row_from_known_times(tiny, monkeypatch):
+    known = times(
+        batchnorm=[1e-3, 2e-3, 1e-3],
+        torch_eager=[3e-3, 4e-3, 9e-3],  # ratios 3, 2, 9
+        copy=[1e-3, 1e-3, 0.5e-3],  # ratios 1, ½, ½
+    )
+    known["torch.compile"] = known["batchnorm"]
+    monkeypatch.setattr(measure, "rounds", lambda *_, **__: known)
+    for row in rows(work(REQUEST)):
+        assert row["ratio"] == pytest.approx(
+            {"torch eager": 3.0, "torch.compile": 1.0}[row["peer"]]
+        )
+        floor = FLOORS[row["pass"], row["fusion"]]
+        # A copy moves 2B in twice the time that ours moves the floor in.
+        assert row["bandwidth_fraction"] == pytest.approx(floor / 2 * 0.5)
+        assert (row["ours_us"], row["copy_us"]) == pytest.approx((1e3, 1e3))
+
+
+def test_the_contenders_take_turns_with_a_copy_and_with_gradients_only_in_training(
+    tiny, monkeypatch
+):
+    seen = []
+
+    def rounds(calls, number, **_):
+        assert number == 6
+        names = {"copy", "batchnorm", "torch eager"}
+        assert set(calls) - {"torch.compile"} == names
+        seen.append({name: call() for name, call in calls.items()})
+        return {name: Times((1.0,), (0.0,)) for name in calls}
+
+    monkeypatch.setattr(measure, "rounds", rounds)
+    list(work(REQUEST))
+    for found, (fusion, mode) in zip(
+        seen, [(fusion, mode) for fusion in FUSIONS for mode in PASSES], strict=False
+    ):
+        for name in ("batchnorm", "torch eager", "torch.compile"):
+            result = found[name]
+            if mode == "forward+backward":
+                assert len(result) == (4 if "add" in fusion else 3)
+            else:
+                assert result.requires_grad == (mode == "forward")
+                assert bool((result >= 0).all()) == ("relu" in fusion)
+
+
+class Off(BatchNorm):
+    """Ours, and wrong by one part in a thousand where it is fused with relu."""
+
+    def forward(self, x, mask=None, residual=None):
+        y = super().forward(x, mask, residual)
+        return y if self.activation is None else y * 1.001
+
+
+def test_a_wrong_result_has_no_speed(tiny, monkeypatch):
+    monkeypatch.setattr(peers, "BatchNorm", Off)
+    for row in rows(work(REQUEST)):
+        wrong = row["fusion"] != "bn"
+        assert row["status"] == ("wrong result" if wrong else "ok")
+        for key in ("ratio", "interval", "bandwidth_fraction", "ours_us", "peer_us"):
+            assert (row[key] is None) == wrong
+        if wrong:
+            assert row["error"] == pytest.approx(1e-3, rel=0.1) or row["error"] > 1e-3
+            assert row["peer_error"] < row["error_bound"] < row["error"]
+
+
+def test_a_size_with_a_wrong_result_has_no_time(tiny, monkeypatch):
+    monkeypatch.setattr(
+        peers, "BatchNorm", lambda *a, **k: torch.nn.BatchNorm2d(a[0], eps=0.1, device="cpu")
+    )
+    only_size = dataclasses.replace(REQUEST, text="4x64x1x1")
+    sizes = [event for event in work(only_size) if event["event"] == "size"]
+    assert [size["status"] for size in sizes] == ["wrong result"] * 2
+    assert [size["us"] for size in sizes] == [None] * 2
+
+
+def test_without_a_compiler_the_rest_is_measured_and_a_note_says_so(tiny, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda expression: fail)
+    events = list(work(REQUEST))
+    assert {row["peer"] for row in rows(events)} == {"torch eager"}
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert set(notes) == {"Without torch.compile, RuntimeError: No working C++ compiler found"}
+
+
+def test_an_error_of_ours_is_not_hidden(tiny, monkeypatch):
+    class Broken(BatchNorm):
+        def forward(self, *_, **__):
+            raise RuntimeError("ours")
+
+    monkeypatch.setattr(peers, "BatchNorm", Broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        list(work(REQUEST))
+
+
+def test_page_faults_that_should_not_be_are_noted(tiny, monkeypatch):
+    found = {name: Times((1.0,), (5.0,)) for name in ("batchnorm", "copy", *peers.PEERS)}
+    monkeypatch.setattr(measure, "rounds", lambda *_, **__: found)
+    label = dataclasses.replace(REQUEST, allocator="no page faults")
+    texts = [e["text"] for e in work(label) if e["event"] == "note"]
+    expected = "There were still page faults: no page faults, 8x3x5 float32 contiguous."
+    assert set(texts) == {expected}
+    assert not [e for e in work(REQUEST) if e["event"] == "note"]
+
+
+@pytest.mark.slow
+def test_torch_compile_is_compiled_and_right():
+    case = Case((2, 64, 32, 32))
+    problem = peers.Problem.of(case, "cpu", 0)
+    contender = peers.compiled(case, "bn+add+relu", "cpu")
+    verdicts, failures = worker._judged([contender], problem, "forward+backward", "bn+add+relu")
+    assert failures == []
+    assert verdicts["torch.compile"].right
