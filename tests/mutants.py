@@ -41,6 +41,12 @@ TESTS = {
         "test_numerics.py", "test_autograd.py", "layers/test_func.py", "layers/test_persistence.py",
         "layers/test_compile.py", "layers/test_batch_norm.py",
     ],
+    "autograd_native.py": [
+        "test_autograd_native.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
+        "test_validation.py", "layers/test_persistence.py", "layers/test_batch_norm.py",
+        "layers/test_layouts.py",
+    ],
+    "running.py": ["test_functional.py", "layers/test_func.py", "layers/test_batch_norm.py"],
     "validation.py": ["test_validation.py", "test_functional.py"],
     "functional.py": [
         "test_functional.py", "test_validation.py", "layers/test_func.py",

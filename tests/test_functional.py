@@ -7,8 +7,8 @@ import torch
 
 import oracle
 from batchnorm import InputError, NonFiniteWarning, batch_norm, batch_norm_pure
-from batchnorm.functional import updated
 from batchnorm.moments import Moments
+from batchnorm.running import updated
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -19,6 +19,9 @@ from batchnorm.moments import expand_mask
 
 Activation = str | Callable[[Tensor], Tensor] | None
 
+Settings = tuple[float | Tensor | None, float, int, Activation]
+"""Momentum, eps, channel axis, activation. A plain tuple, as running.py's `Running` is."""
+
 #: Least total weight behind batch statistics. Whole elements need more than 1; with fractional
 #: weights, a total just above 1 (normalised ones, rounded) would divide by its tiny excess.
 MIN_COUNT = 2

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
+from batchnorm.running import nonfinite_message
 from batchnorm.validation import Activation, check_options
 
 #: The outline's names for torch's parameters.
@@ -184,6 +185,8 @@ class BatchNorm(_BatchNorm):
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, arguments, {})
         try:
+            if type(x) is Tensor and residual is None:  # the most usual call, 0.1 µs sooner
+                return self._forward(x, mask, None)
             if isinstance(x, PackedSequence):
                 return self._forward_packed(x, mask, residual)
             if isinstance(residual, PackedSequence):
@@ -219,24 +222,12 @@ class BatchNorm(_BatchNorm):
         from_batch = training or mean is None or var is None
         if training and not self.track_running_stats:
             mean = var = count = None
-        y, refused = functional.step(
-            x,
-            mean,
-            var,
-            count,
-            weight,
-            bias,
-            from_batch,
-            self.momentum,
-            self.eps,
-            mask=mask,
-            residual=residual,
-            channel_dim=self.channel_dim,
-            activation=self.activation,
-        )
+        running = mean, var, count
+        settings = self.momentum, self.eps, self.channel_dim, self.activation
+        y, refused = functional.step(x, weight, bias, residual, mask, running, from_batch, settings)
         if refused is not None and not self._told_nonfinite:
             self._told_nonfinite = True
-            message = f"{self._location()}: {functional.nonfinite_message(refused)}"
+            message = f"{self._location()}: {nonfinite_message(refused)}"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
         return y
 

@@ -22,6 +22,12 @@ LIBRARY = Path(
 #: What the operators call the activations.
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+ACTIVATION = 3  # the bits of a number that are one
+
+#: The rest of what a call is asked for, added to the activation; see ops.cpp. Forward:
+TRAINING, LATER, KEEP = 4, 8, 16
+#: And backward, after `TRAINING`:
+WANT_X, WANT_RESIDUAL, WANT_PARAMETERS = 8, 16, 32
 
 #: What the operators call a plain average over all batches.
 PLAIN_AVERAGE = -1.0
@@ -60,24 +66,25 @@ MISSING = _load()
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# A call each way: forward, backward. And their halves, for statistics that others have a share in:
+# moments of a part; forward, in evaluation, by what all parts make together; backward_reduce of a
+# part; backward, given the sums of all parts.
 if MISSING is None:
     # Not the operator but what it calls: 0.3 µs less.
     forward = torch.ops.batchnorm.forward.default._op
     backward = torch.ops.batchnorm.backward.default._op
     update = torch.ops.batchnorm.update.default._op
+    moments = torch.ops.batchnorm.moments.default._op
+    backward_reduce = torch.ops.batchnorm.backward_reduce.default._op
 
 
-def serves_buffers(*buffers: Tensor | None) -> bool:
-    """Whether these may be changed without autograd's knowing, or are None."""
-    return all(
-        b is None
-        or (
-            type(b) in _PLAIN
-            and not b.requires_grad
-            and not b.is_neg()
-            and (not b.is_inference() or torch.is_inference_mode_enabled())
-        )
-        for b in buffers
+def serves_buffer(buffer: Tensor | None) -> bool:
+    """Whether this may be changed without autograd's knowing, or is None."""
+    return buffer is None or (
+        type(buffer) in _PLAIN
+        and not buffer.requires_grad
+        and not buffer.is_neg()
+        and (not buffer.is_inference() or torch.is_inference_mode_enabled())
     )
 
 
@@ -86,8 +93,14 @@ def hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _inference(x: Tensor, weight: Tensor | None) -> bool:
-    return x.is_inference() or (weight is not None and weight.is_inference())
+def saves(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether autograd can save these; it finds out after the kernels have changed the buffers."""
+    return torch.is_inference_mode_enabled() or not (
+        x.is_inference()
+        or (weight is not None and weight.is_inference())
+        or (bias is not None and bias.is_inference())
+        or (mask is not None and mask.is_inference())
+    )
 
 
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -112,8 +125,6 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         and not torch._C._functorch.is_legacy_batchedtensor(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
-        # Autograd refuses to save them, after the kernels have changed the buffers.
-        and (torch.is_inference_mode_enabled() or not _inference(x, weight))
     )
 
 

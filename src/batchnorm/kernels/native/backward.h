@@ -34,6 +34,8 @@ struct BackwardWork : Work {
   T* dresidual;
   const S slope;
   const bool relu;
+  static constexpr int64_t kRegister = P::N * sizeof(T);
+  const bool streams;  // both outputs can be written so, or only one is wanted
   const int64_t own_columns;
   Affine<S> side;
   Array<double> inverse;
@@ -44,7 +46,10 @@ struct BackwardWork : Work {
   explicit BackwardWork(const Backward& b)
       : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
         dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
-        relu(b.activation == batchnorm::kRelu), own_columns(columns_of(b.shape, P::N, b.mask, b.parts)),
+        relu(b.activation == batchnorm::kRelu),
+        streams(b.stream && dx &&
+                (!dresidual || ((uintptr_t)dx - (uintptr_t)dresidual) % kRegister == 0)),
+        own_columns(columns_of(b.shape, P::N, b.mask, b.parts)),
         side(b.shape.channels), inverse(b.shape.channels), channel(kConstants * b.shape.channels),
         own(kConstants * own_columns), column(own_columns ? own : channel),
         of_kind(own_columns ? own_columns : b.shape.channels) {
@@ -123,12 +128,35 @@ struct BackwardWork : Work {
       s = s + dz;
       q = q + dz * widen(t.x_hat);
     }
+    // Of kFold registers, `step` elements apart, whose weights are what `weight` gives for 0, 1, …
+    template <class F>
+    inline void sum_several(int64_t at, int64_t step, const F& weight, typename Q::D& s,
+                            typename Q::D& q) const {
+      V sum_s = {}, sum_q = {};
+      for (int i = 0; i < kFold<T>; ++i) {
+        const Terms t = terms(at + i * step, weight(i));
+        sum_s = sum_s + t.dz;
+        sum_q = sum_q + t.dz * t.x_hat;
+      }
+      s = s + widen(sum_s);
+      q = q + widen(sum_q);
+    }
+    // Of `lanes` alone.
+    inline void sum(int64_t at, V w, V lanes, typename Q::D& s, typename Q::D& q) const {
+      Terms t = terms(at, w);
+      const typename Q::D dz = widen(select(lanes > V{}, t.dz, V{}));
+      s = s + dz;
+      q = q + dz * widen(t.x_hat);
+    }
 
     template <bool Stream>
     inline void put(int64_t at, V w) const {
       const Terms t = terms(at, w);
       // Without an activation it is dy itself, unless a mask drops some of it.
-      if ((Where == kFromY || Masked) && dresidual) Q::store(dresidual + at, t.dz);
+      if ((Where == kFromY || Masked) && dresidual) {
+        if (Stream) Q::stream(dresidual + at, t.dz);
+        else Q::store(dresidual + at, t.dz);
+      }
       if ((Where == kFromY || Masked) && !dx) return;
       V d = scale * t.dz;
       // Constants of 0 would not do: 0 · NaN is NaN.
@@ -143,6 +171,7 @@ struct BackwardWork : Work {
     inline void ahead(int64_t at, int64_t by = kAhead) const {
       prefetch(x + at, by);
       prefetch(dy + at, by);
+      if (Where == kFromY) prefetch(y + at, by);
     }
   };
 
@@ -176,6 +205,12 @@ struct BackwardWork : Work {
     const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
     const int64_t end = at + n;
     typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
+    if (kFold<T> > 1)
+      for (; at + kFold<T> * P::N <= end; at += kFold<T> * P::N) {
+        local.ahead(at);
+        local.ahead(at + kFold<T> / 2 * P::N);
+        local.sum_several(at, P::N, [&](int i) { return weight(at + i * P::N); }, s, q);
+      }
     for (; at + 2 * P::N <= end; at += 2 * P::N) {
       local.ahead(at);
       local.ahead(at + P::N);
@@ -183,6 +218,10 @@ struct BackwardWork : Work {
       local.sum(at + P::N, weight(at + P::N), s2, q2);
     }
     for (; at + P::N <= end; at += P::N) local.sum(at, weight(at), s, q);
+    if (at < end && n >= P::N) {
+      local.sum(end - P::N, weight(end - P::N), last_lanes<P>(end - at), s, q);
+      at = end;
+    }
     sums.s = P::pair(s + s2);
     sums.q = P::pair(q + q2);
     for (; at < end; ++at) local1.sum(at, Masked ? w[at] : S(0), sums.rest_s, sums.rest_q);
@@ -196,25 +235,37 @@ struct BackwardWork : Work {
     const auto weight = [&](int64_t i) { return Masked ? P::weights(w + i) : typename P::V{}; };
     const auto single = [&](int64_t i) { local1.template put<false>(i, Masked ? w[i] : S(0)); };
     const int64_t end = at + n;
-    if (call.stream && dx) {
-      for (; at < end && (uintptr_t)(dx + at) % (P::N * sizeof(T)) != 0; ++at) single(at);
+    if (streams) {
+      for (; at < end && (uintptr_t)(dx + at) % kRegister != 0; ++at) single(at);
       for (; at + P::N <= end; at += P::N) local.template put<true>(at, weight(at));
     } else {
       for (; at + P::N <= end; at += P::N) local.template put<false>(at, weight(at));
+      // Some elements twice, to the same values.
+      if (at < end && n >= P::N) local.template put<false>(end - P::N, weight(end - P::N)), at = end;
     }
     for (; at < end; ++at) single(at);
   }
 
   // --- rows ---
 
-  template <class Q, int Where, bool Masked>
-  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q) const {
+  // Of `lanes` columns alone, if not all.
+  template <class Q, int Where, bool Masked, bool All = true>
+  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q,
+                          typename Q::V lanes = typename Q::V()) const {
     const auto local = of_column<Q, Where, Masked>(j);
     typename Q::D sum_s = Q::sums(s + j), sum_q = Q::sums(q + j);
     const int64_t step = columns, next = (to - from) * step * int64_t(sizeof(T));
-    for (int64_t row = from; row < to; ++row) {
+    const auto weight = [&](int64_t row) { return Q::splat(Masked ? mask[row] : S(0)); };
+    int64_t row = from;
+    if constexpr (kFold<T> > 1 && All && Q::N > 1)
+      for (; row + kFold<T> <= to; row += kFold<T>) {
+        for (int i = 0; i < kFold<T>; ++i) local.ahead((row + i) * step, next);
+        local.sum_several(row * step, step, [&](int i) { return weight(row + i); }, sum_s, sum_q);
+      }
+    for (; row < to; ++row) {
       local.ahead(row * step, next);
-      local.sum(row * step, Q::splat(Masked ? mask[row] : S(0)), sum_s, sum_q);
+      if (All) local.sum(row * step, weight(row), sum_s, sum_q);
+      else local.sum(row * step, weight(row), lanes, sum_s, sum_q);
     }
     Q::keep(s + j, sum_s);
     Q::keep(q + j, sum_q);
@@ -233,12 +284,15 @@ struct BackwardWork : Work {
 
   template <int Where, bool Masked>
   void put_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const {
-    const int64_t size = P::N * sizeof(T);
     int64_t j = begin;
-    if (call.stream && dx && (uintptr_t)(dx + begin) % size == 0 && columns % P::N == 0)
+    if (streams && (uintptr_t)(dx + begin) % kRegister == 0 && columns % P::N == 0)
       for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, true>(from, to, j);
     else
       for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, false>(from, to, j);
+    if (j < end && begin + P::N <= end) {
+      put_columns<P, Where, Masked, false>(from, to, end - P::N);
+      j = end;
+    }
     for (; j < end; ++j) put_columns<P1, Where, Masked, false>(from, to, j);
   }
 
@@ -267,6 +321,10 @@ struct BackwardWork : Work {
     by_variant([&](auto w, auto m) {
       int64_t j = begin;
       for (; j + P::N <= end; j += P::N) column_sums<P, w.value, m.value>(from, to, j, s, q);
+      if (j < end && begin + P::N <= end) {
+        column_sums<P, w.value, m.value, false>(from, to, end - P::N, s, q, last_lanes<P>(end - j));
+        j = end;
+      }
       for (; j < end; ++j) column_sums<P1, w.value, m.value>(from, to, j, s, q);
     });
   }

@@ -24,7 +24,7 @@ using batchnorm::Shape;
 // time.
 template <class V>
 struct Array {
-  static constexpr int64_t kHere = 1024;
+  static constexpr int64_t kHere = 4096;
   alignas(64) char here[kHere];
   V* values;
   explicit Array(int64_t count) : values((V*)here) {
@@ -246,9 +246,11 @@ inline Tile tile(const Rows& rows, int64_t bytes, bool by_column, int part, int 
 // Copies each channel's value to all of its columns.
 template <class V>
 inline void spread(const Shape& shape, const V* of_channel, V* of_column, int64_t columns) {
-  for (int64_t j = 0; j < columns;)
-    for (int64_t c = 0; c < shape.channels; ++c)
-      for (int64_t i = 0; i < shape.inner; ++i) of_column[j++] = of_channel[c];
+  if (columns == 0) return;
+  const int64_t n = shape.channels * shape.inner;
+  for (int64_t j = 0; j < n;)
+    for (int64_t c = j / shape.inner, end = j + shape.inner; j < end; ++j) of_column[j] = of_channel[c];
+  for (int64_t j = n; j < columns; j += n) memcpy(of_column + j, of_column, n * sizeof(V));
 }
 
 // Calls body(from, to) for the tile's rows in blocks that a first-level cache holds.

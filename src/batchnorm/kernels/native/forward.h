@@ -121,17 +121,17 @@ struct ForwardWork : Work {
   // --- the moments ---
 
   template <class Q>
-  static inline void add(typename Q::V v, typename Q::D k, typename Q::D& s, typename Q::D& q) {
-    const typename Q::D d = widen(v) - k;
+  static inline void add(const T* v, typename Q::D k, typename Q::D& s, typename Q::D& q) {
+    const typename Q::D d = Q::widened(v) - k;
     s = s + d;
     q = q + d * d;
   }
 
   template <class Q>
-  static inline void add(typename Q::V v, typename Q::V w, typename Q::D k, typename Q::D& s,
+  static inline void add(const T* v, typename Q::V w, typename Q::D k, typename Q::D& s,
                          typename Q::D& q) {
     // Not a product alone: 0 · NaN is NaN, and what is left out may hold NaN.
-    const typename Q::D d = widen(select(w > typename Q::V{}, v, typename Q::V{})) - k;
+    const typename Q::D d = widen(select(w > typename Q::V{}, Q::load(v), typename Q::V{})) - k;
     const typename Q::D weighted = widen(w) * d;
     s = s + weighted;
     q = q + weighted * d;
@@ -143,38 +143,46 @@ struct ForwardWork : Work {
     // Two of each: a register's sum has to wait for its last.
     typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
     int64_t i = 0;
+    const S* w = masked ? mask + weight_at : nullptr;
     if (masked) {
-      const S* w = mask + weight_at;
-      for (; i + P::N <= n; i += P::N) add<P>(P::load(v + i), P::weights(w + i), k, s, q);
-      for (; i < n; ++i)
-        add<P1>(P1::load(v + i), w[i], shift[c], sums.rest_s, sums.rest_q);
+      for (; i + P::N <= n; i += P::N) add<P>(v + i, P::weights(w + i), k, s, q);
     } else {
       for (; i + 2 * P::N <= n; i += 2 * P::N) {
         prefetch(v + i);
         prefetch(v + i + P::N);
-        add<P>(P::load(v + i), k, s, q);
-        add<P>(P::load(v + i + P::N), k, s2, q2);
+        add<P>(v + i, k, s, q);
+        add<P>(v + i + P::N, k, s2, q2);
       }
-      for (; i + P::N <= n; i += P::N) add<P>(P::load(v + i), k, s, q);
-      for (; i < n; ++i) add<P1>(P1::load(v + i), shift[c], sums.rest_s, sums.rest_q);
+      for (; i + P::N <= n; i += P::N) add<P>(v + i, k, s, q);
     }
+    if (i < n && n >= P::N) {
+      const auto lanes = last_lanes<P>(n - i);
+      i = n - P::N;
+      add<P>(v + i, masked ? lanes * P::weights(w + i) : lanes, k, s, q);
+      i = n;
+    }
+    for (; i < n; ++i) add<P1>(v + i, masked ? w[i] : S(1), shift[c], sums.rest_s, sums.rest_q);
     sums.s = P::pair(s + s2);
     sums.q = P::pair(q + q2);
   }
 
-  template <class Q>
-  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q) const {
+  // Of `lanes` columns alone, if not all.
+  template <class Q, bool All = true>
+  inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q,
+                          typename Q::V lanes = typename Q::V()) const {
     const typename Q::D k = Q::sums(column_shift + j);
     typename Q::D sum_s = Q::sums(s + j), sum_q = Q::sums(q + j);
     const T* v = x + j;
     const int64_t step = columns, next = (to - from) * step * int64_t(sizeof(T));
-    if (masked)
-      for (int64_t row = from; row < to; ++row)
-        add<Q>(Q::load(v + row * step), Q::splat(mask[row]), k, sum_s, sum_q);
+    if (masked || !All)
+      for (int64_t row = from; row < to; ++row) {
+        const typename Q::V w = Q::splat(masked ? mask[row] : S(1));
+        add<Q>(v + row * step, All ? w : w * lanes, k, sum_s, sum_q);
+      }
     else
       for (int64_t row = from; row < to; ++row) {
         prefetch(v + row * step, next);
-        add<Q>(Q::load(v + row * step), k, sum_s, sum_q);
+        add<Q>(v + row * step, k, sum_s, sum_q);
       }
     Q::keep(s + j, sum_s);
     Q::keep(q + j, sum_q);
@@ -184,6 +192,10 @@ struct ForwardWork : Work {
                   double* q) const override {
     int64_t j = begin;
     for (; j + P::N <= end; j += P::N) column_sums<P>(from, to, j, s, q);
+    if (j < end && begin + P::N <= end) {
+      column_sums<P, false>(from, to, end - P::N, s, q, last_lanes<P>(end - j));
+      j = end;
+    }
     for (; j < end; ++j) column_sums<P1>(from, to, j, s, q);
   }
 
@@ -224,6 +236,8 @@ struct ForwardWork : Work {
       for (; at + P::N <= end; at += P::N) put.stream(at);
     } else {
       for (; at + P::N <= end; at += P::N) put.store(at);
+      // Some elements twice, to the same values.
+      if (at < end && n >= P::N) put.store(end - P::N), at = end;
     }
     for (; at < end; ++at) put1.store(at);
   }
@@ -249,6 +263,10 @@ struct ForwardWork : Work {
     const bool stream = call.stream && (uintptr_t)(y + begin) % size == 0 && columns % P::N == 0;
     int64_t j = begin;
     for (; j + P::N <= end; j += P::N) put_columns<P, A, HasResidual>(from, to, j, stream);
+    if (j < end && begin + P::N <= end) {
+      put_columns<P, A, HasResidual>(from, to, end - P::N, false);
+      j = end;
+    }
     for (; j < end; ++j) put_columns<P1, A, HasResidual>(from, to, j, false);
   }
 

@@ -1,0 +1,245 @@
+"""Whole calls by the C++ kernels: eager, on the CPU, running update included.
+
+What they cannot do they leave to others, and have then changed nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import native, reference
+from batchnorm.moments import Moments, expand_mask
+from batchnorm.running import Running, sound
+from batchnorm.validation import Activation, Settings, check_kinds
+
+
+def step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    training: bool,
+    settings: Settings,
+) -> tuple[Tensor, Tensor | None] | None:
+    """`functional.step` by the C++ kernels, which check their own arguments; None: not served."""
+    if not native.serves(x, weight, bias, residual):
+        return None
+    mean, var, counter = running
+    momentum, eps, channel_dim, activation = settings
+    share = _share(momentum, counter)
+    flags, after = (0, None) if activation is None else _fused(activation)
+    if (
+        share is None
+        or flags is None
+        or not native.serves_buffer(mean)
+        or not native.serves_buffer(var)
+        or type(eps) is not float
+        or type(channel_dim) is not int
+        or (weight is not None and bias is not None and weight.dtype is not bias.dtype)
+    ):
+        return None
+    if mask is not None:
+        check_kinds(x, mask, residual)
+        if mask.requires_grad or x.dim() < 2 or not -x.dim() <= channel_dim < x.dim():
+            return None
+        mask = expand_mask(mask, x, channel_dim)
+        mask = mask if mask.dtype in native.MASKS else mask.double()
+    updates = training and mean is not None
+    # An activation or a hook may raise, and then nothing must have changed.
+    later = updates and (after is not None or native.hooked())
+    if training:
+        flags |= native.TRAINING | native.KEEP | (native.LATER if later else 0)
+    options = mask, mean, var, counter, share, eps, channel_dim, flags
+    kept: list[Any] = []
+    served = _differentiable(x, weight, bias, residual, options, kept)
+    if served is None:
+        return None
+    y, refused = served
+    if after is not None:
+        y = after(y)
+    if not updates or mean is None or var is None:
+        return y, None
+    if later:
+        refused = native.update(*kept, mean, var, counter, share)
+    # The kernels change memory behind autograd's back.
+    torch.autograd.graph.increment_version((mean, var))
+    if not refused:
+        return y, None
+    (batch_mean, batch_var), count = kept
+    of_batch = Moments(batch_mean.new_tensor(count), batch_mean, batch_var * count)
+    return y, ~sound(of_batch, mean, var, together=momentum is None)
+
+
+def _share(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:
+    """The weight of the batch as the operators know it, or None."""
+    if type(momentum) is float or type(momentum) is int:
+        return float(momentum) if 0 <= momentum <= 1 else math.nan  # which they refuse
+    return native.PLAIN_AVERAGE if momentum is None and counter is not None else None
+
+
+def _fused(activation: Activation) -> tuple[int | None, Callable[[Tensor], Tensor] | None]:
+    """The operators' number for an activation, or None if it is none; and what is left to do."""
+    if isinstance(activation, str):
+        return native.ACTIVATIONS.get(activation), None
+    return (0, activation) if callable(activation) else (None, None)
+
+
+def _differentiable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: tuple[Any, ...],
+    kept: list[Any],
+) -> tuple[Tensor, int] | None:
+    """`NativeFunction`, or its kernels alone where nobody asks for gradients; None: not served.
+
+    `kept` gets the statistics (in evaluation, if there is need) and their count.
+    """
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            if not native.saves(x, weight, bias, options[0]):
+                return None
+            y, refused = _apply(x, weight, bias, residual, (*options, kept))
+            return y, refused
+        y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
+    except (_NotServedError, NotImplementedError):
+        # The second: one of the tensors is on a device, or of a kind, that has no such kernels.
+        return None
+    kept += (statistics, count)
+    return None if refused == native.NOT_SERVED else (y, refused)
+
+
+class _NotServedError(Exception):
+    """The C++ kernels leave this call to others, and have changed nothing."""
+
+
+class NativeFunction(torch.autograd.Function):
+    """The C++ kernels, running update included: eager calls on the CPU only.
+
+    The arguments after `residual`, packed because each one that autograd sees costs time: the mask
+    (with a channel axis of size 1), running mean and variance, counter, momentum, eps, channel
+    axis, and flags; then a list that gets the statistics and their count.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, int]:
+        mask, mean, var, counter, momentum, eps, channel_dim, flags, kept = options
+        y, statistics, count, refused = native.forward(
+            *(x, weight, bias, residual, mask, mean, var, counter, momentum, eps, channel_dim),
+            flags | native.KEEP,
+        )
+        if refused == native.NOT_SERVED:
+            raise _NotServedError
+        kept += (statistics, count)
+        ctx.set_materialize_grads(False)
+        ctx.backend = "native"
+        activation = flags & native.ACTIVATION
+        ctx.flags = flags & (native.ACTIVATION | native.TRAINING)
+        ctx.options = count, eps, channel_dim
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # z's sign is computed again from x; with a residual, which is not kept, it is told from y.
+        ctx.save_for_backward(
+            x,
+            weight,
+            bias if activation else None,
+            y if activation and residual is not None else None,
+            mask,
+            statistics,
+        )
+        return y, refused
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        needs = ctx.needs_input_grad
+        served = native.NOT_SERVED
+        # Unless someone will differentiate these gradients, or a torch.func transform is running.
+        if not torch.is_grad_enabled() and native.serves_gradient(dy):
+            x, weight, bias, y, mask, statistics = ctx.saved_tensors
+            flags = ctx.flags
+            if needs[0]:
+                flags |= native.WANT_X
+            if needs[1] or needs[2]:
+                flags |= native.WANT_PARAMETERS
+            if needs[3]:
+                flags |= native.WANT_RESIDUAL
+            dx, dz, d_weight, d_bias, served = native.backward(
+                dy, x, y, statistics, weight, bias, mask, None, *ctx.options, flags
+            )
+        # The kernels do not serve if a hook has brought back other tensors than were saved.
+        if served == native.NOT_SERVED:
+            out = _differentiable_gradients(ctx, dy)
+            return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)
+        if needs[3] and dz is None:
+            dz = dy
+        return dx, d_weight if needs[1] else None, d_bias if needs[2] else None, dz, None
+
+
+# torch's own `apply`, a Python function, asks whether a torch.func transform is running, which has
+# been asked already: this is what it then calls, 1.6 µs sooner.
+_apply = super(torch.autograd.Function, NativeFunction).apply
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    """NativeFunction's gradients as functions of its inputs, by the reference."""
+    x, weight, bias, y, mask, statistics = ctx.saved_tensors
+    _, eps, channel_dim = ctx.options
+    activation = native.ACTIVATION_NAMES[ctx.flags & native.ACTIVATION]
+    mean, var = statistics
+    total = None
+    weights = None if mask is None else mask.to(mean.dtype)
+    if ctx.flags & native.TRAINING:
+        moments = Moments.of(
+            x, None if mask is None else mask.squeeze(channel_dim), channel_dim=channel_dim
+        )
+        mean, var, total = moments.mean, moments.variance(), moments.count
+    if activation is not None and y is None:
+        with torch.no_grad():
+            y = reference.normalize(
+                x,
+                mean,
+                var,
+                weight,
+                bias,
+                None,
+                eps=eps,
+                activation=activation,
+                channel_dim=channel_dim,
+            )
+    out = reference.backward(
+        dy,
+        x,
+        y,
+        weights,
+        total,
+        mean,
+        var,
+        weight,
+        eps=eps,
+        activation=activation,
+        channel_dim=channel_dim,
+    )
+    dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
+    wanted = (out.x, out.weight, out.bias, out.z)
+    return tuple(g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True))

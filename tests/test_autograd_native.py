@@ -1,0 +1,140 @@
+"""What the layer and the functions make of the C++ kernels: gradients, hooks, who else serves."""
+
+import pytest
+import torch
+
+from batchnorm import ArgumentError, BatchNorm, batch_norm
+from batchnorm.kernels import native
+
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+
+
+@pytest.mark.parametrize("wanted", range(1, 16))
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "neither"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_any_of_the_inputs(wanted, affine, training):
+    x, residual = torch.randn(2, 6, 3)
+    weight = torch.randn(3) if affine in ("both", "weight") else None
+    bias = torch.randn(3) if affine in ("both", "bias") else None
+    inputs = [x, weight, bias, residual]
+    results = []
+    for name in ("native", None):
+        leaves = [
+            None if t is None else t.clone().requires_grad_(bool(wanted >> k & 1))
+            for k, t in enumerate(inputs)
+        ]
+        asked = [t for t in leaves if t is not None and t.requires_grad]
+        if not asked:
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            if name is None:
+                patch.setattr(native, "MISSING", "for comparison")
+            statistics = torch.zeros(3), torch.ones(3)
+            y = batch_norm(
+                leaves[0],
+                *statistics,
+                *leaves[1:3],
+                training,
+                residual=leaves[3],
+                activation="relu",
+            )
+            assert (y.grad_fn.backend == "native") == (name == "native")
+            torch.manual_seed(1)
+            results.append(torch.autograd.grad(y, asked, torch.randn(6, 3)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_raises_afterwards_has_changed_nothing():
+    def pack(tensor):
+        raise ValueError
+
+    def fails(y):
+        raise ValueError
+
+    x = torch.randn(6, 3)
+    for bn in (BatchNorm(3, activation=fails), BatchNorm(3)):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with pytest.raises(ValueError), hooks:  # noqa: PT011
+            bn(x)
+        assert bn.num_batches_tracked == 0
+        assert torch.equal(bn.running_mean, torch.zeros(3))
+        assert torch.equal(bn.running_var, torch.ones(3))
+
+
+def test_what_autograd_cannot_save_has_changed_nothing():
+    with torch.inference_mode():
+        frozen, mask = torch.ones(3), torch.ones(6)
+    x = torch.randn(6, 3, requires_grad=True)
+    for weight, counts in ((frozen, None), (None, mask)):
+        mean, var = torch.zeros(3), torch.ones(3)
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            batch_norm(x, mean, var, weight, None, True, mask=counts, activation="relu")
+        assert torch.equal(mean, torch.zeros(3))
+        assert torch.equal(var, torch.ones(3))
+    # The kernels would save this one, the others need not.
+    assert batch_norm(x, mean, var, None, frozen, True, activation="relu").requires_grad
+    assert not torch.equal(mean, torch.zeros(3))
+
+
+def test_an_update_that_comes_later_is_the_same_update():
+    x = torch.randn(6, 3)
+    for momentum in (0.3, None):
+        fused, later = BatchNorm(3, momentum=momentum), BatchNorm(3, momentum=momentum)
+        later.activation = lambda y: y
+        for _ in range(3):
+            fused(x)
+            later(x)
+        assert torch.equal(fused.running_mean, later.running_mean)
+        assert torch.equal(fused.running_var, later.running_var)
+        assert fused.num_batches_tracked == later.num_batches_tracked == 3
+
+
+def test_checkpointing_that_stops_early_counts_once():
+    """Of a layer that comes last, torch's recomputation sees the inputs only."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), BatchNorm(3))
+    x = torch.randn(6, 3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False).square().sum().backward()
+    assert net[1].num_batches_tracked == 1
+
+
+def test_hooks_that_bring_back_other_strides():
+    def unpack(tensor):
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    x, weight = torch.randn(6, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    dy = torch.randn(6, 3)
+    want = torch.autograd.grad(batch_norm(x, None, None, weight, training=True), (x, weight), dy)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+        y = batch_norm(x, None, None, weight, training=True)
+    for a, b in zip(torch.autograd.grad(y, (x, weight), dy), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_left_to_others():
+    """What the kernels cannot do is done otherwise, or refused in the usual words."""
+    x = torch.randn(6, 3)
+    with pytest.raises(ArgumentError, match="activation"):
+        batch_norm(x, None, None, training=True, activation=3)
+    half, single = torch.ones(3).half().requires_grad_(), torch.zeros(3, requires_grad=True)
+    y = batch_norm(x, None, None, half, single, True)
+    (d_bias,) = torch.autograd.grad(y, single, torch.full((6, 3), 3e4))
+    assert d_bias.tolist() == [180000.0] * 3  # infinity in half precision
+    mean, var = torch.zeros(3, requires_grad=True), torch.ones(3)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        batch_norm(x, mean, var, training=True)
+    bn = BatchNorm(3)
+    bn.num_batches_tracked = torch.tensor(0, device="meta")
+    bn(x)
+    assert not torch.equal(bn.running_mean, torch.zeros(3))
+
+
+def test_the_gradient_of_a_residual_under_a_mask_is_the_same_to_any_order():
+    x, residual = torch.randn(3, 2), torch.randn(3, 2, requires_grad=True)
+    x[1, 0] = torch.nan
+    mask, dy = torch.tensor([True, False, True]), torch.ones(3, 2)
+    y = batch_norm(x, None, None, training=True, mask=mask, residual=residual)
+    (first,) = torch.autograd.grad(y, residual, dy, retain_graph=True)
+    (again,) = torch.autograd.grad(y, residual, dy, create_graph=True)
+    assert torch.equal(first, again)
+    assert first[1].tolist() == [0.0, 1.0]
