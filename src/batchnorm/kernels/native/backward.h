@@ -60,24 +60,24 @@ struct BackwardWork : Work {
     writes = dx || dresidual;
     masked = b.mask != nullptr;
     const int64_t n = shape.channels;
-    side.set(0, n, b.mean, b.var, b.gamma, b.beta, b.eps);
+    double* __restrict to_exact = inverse;
+    for (int64_t c = 0; c < n; ++c) to_exact[c] = 1 / sqrt(b.var[c] + b.eps);
+    side.set(0, n, b.mean, [=](int64_t c) { return to_exact[c]; }, b.gamma, b.beta);
     memcpy(channel + kNear * n, side.near, n * sizeof(S));
     memcpy(channel + kScale * n, side.scale, n * sizeof(S));
     memcpy(channel + kConstant * n, side.constant, n * sizeof(S));
     S* __restrict to_inverse = channel + kInverse * n;
     S* __restrict to_centre = channel + kCentre * n;
-    double* __restrict to_exact = inverse;
     for (int64_t c = 0; c < n; ++c) {
-      const double mean = b.mean[c], exact = 1 / sqrt(b.var[c] + b.eps);
-      to_exact[c] = exact;
+      const double mean = b.mean[c], exact = to_exact[c];
       to_inverse[c] = S(exact);
       to_centre[c] = S((double(S(mean)) - mean) * exact);
     }
   }
 
-  bool finish(int64_t c, double s, double q) override {
-    call.dbeta[c] = s;
-    call.dgamma[c] = q;
+  bool finish(int64_t first, int64_t last, const double* s, const double* q) override {
+    memcpy(call.dbeta + first, s, (last - first) * sizeof(double));
+    memcpy(call.dgamma + first, q, (last - first) * sizeof(double));
     return false;
   }
 

@@ -24,7 +24,7 @@ using batchnorm::Shape;
 // time.
 template <class V>
 struct Array {
-  static constexpr int64_t kHere = 4096;
+  static constexpr int64_t kHere = 8192;
   alignas(64) char here[kHere];
   V* values;
   explicit Array(int64_t count) : values((V*)here) {
@@ -97,8 +97,9 @@ struct Work {
   virtual void spread_first() = 0;  // to the columns, what first_rows needs
   virtual void spread_second() = 0;
 
-  // A channel's sums are complete; true if they should be taken once more.
-  virtual bool finish(int64_t c, double s, double q) = 0;
+  // The sums of channels [first, last) are complete, those of `first` at s[0] and q[0]; true if they
+  // should be taken once more.
+  virtual bool finish(int64_t first, int64_t last, const double* s, const double* q) = 0;
   // What the second pass needs of channels [first, last).
   virtual void prepare(int64_t first, int64_t last) = 0;
 };
@@ -125,6 +126,7 @@ inline void planes_by_channel(int parts, Work& work) {
   in_parallel(parts, [&](int part) {
     const int64_t end = start(channels, part + 1, parts);
     Array<Sums> sums(width);
+    Array<double> s(width), q(width);
     for (int64_t first = start(channels, part, parts); first < end; first += width) {
       const int64_t last = smaller(first + width, end);
       bool again = true;
@@ -133,9 +135,9 @@ inline void planes_by_channel(int parts, Work& work) {
         for (int64_t o = 0; o < outer; ++o)
           for (int64_t c = first; c < last; ++c)
             work.first_run((o * channels + c) * inner, o * inner, inner, c, sums[c - first]);
-        again = false;
-        for (int64_t c = first; c < last; ++c)
-          again |= work.finish(c, sums[c - first].total_s(), sums[c - first].total_q());
+        for (int64_t c = 0; c < last - first; ++c)
+          s[c] = sums[c].total_s(), q[c] = sums[c].total_q();
+        again = work.finish(first, last, s, q);
       }
       if (!work.writes) continue;
       work.prepare(first, last);
@@ -162,6 +164,7 @@ inline void planes_by_element(int parts, Work& work) {
   const int64_t channels = work.shape.channels, inner = work.shape.inner;
   if (work.two_passes) {
     Array<Sums> sums(parts * channels);
+    Array<double> s(channels), q(channels);
     bool again = true;
     for (int pass = 0; pass < 2 && again; ++pass) {
       in_parallel(parts, [&](int part) {
@@ -172,15 +175,14 @@ inline void planes_by_element(int parts, Work& work) {
           work.first_run(run * inner + p.from, run / channels * inner + p.from, p.to - p.from,
                          run % channels, mine[run % channels]);
       });
-      again = false;
       for (int64_t c = 0; c < channels; ++c) {
-        double s = 0, q = 0;
+        s[c] = q[c] = 0;
         for (int part = 0; part < parts; ++part) {
-          s += sums[part * channels + c].total_s();
-          q += sums[part * channels + c].total_q();
+          s[c] += sums[part * channels + c].total_s();
+          q[c] += sums[part * channels + c].total_q();
         }
-        again |= work.finish(c, s, q);
       }
+      again = work.finish(0, channels, s, q);
     }
   }
   if (!work.writes) return;
@@ -265,6 +267,16 @@ inline void blocks_of(const Tile& t, int64_t bytes, bool backwards, const F& bod
   }
 }
 
+// Adds what all columns have of each channel, the same channel every `inner · channels` of them.
+inline void gather(double* values, int64_t channels, int64_t inner, int64_t columns) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t j = c * inner; j < columns; j += channels * inner)
+      for (int64_t i = 0; i < inner; ++i) sum += values[j + i];
+    values[c] = sum;  // behind all that is still to be read
+  }
+}
+
 inline void by_rows(int parts, Work& work) {
   const Rows rows = rows_of(work.shape, work.lanes, work.masked);
   const int64_t columns = rows.columns, channels = work.shape.channels, inner = work.shape.inner;
@@ -287,15 +299,11 @@ inline void by_rows(int parts, Work& work) {
         });
         if (t.has_rest) work.first_rows(rows.rows, rows.rows + 1, 0, rows.rest, my_s, my_q);
       });
-      again = false;
-      for (int64_t c = 0; c < channels; ++c) {
-        double sum_s = 0, sum_q = 0;
-        for (int part = 0; part < own; ++part)
-          for (int64_t j = part * columns + c * inner; j < (part + 1) * columns;
-               j += channels * inner)
-            for (int64_t i = 0; i < inner; ++i) sum_s += s[j + i], sum_q += q[j + i];
-        again |= work.finish(c, sum_s, sum_q);
+      if (own * columns > channels) {
+        gather(s, channels, inner, own * columns);
+        gather(q, channels, inner, own * columns);
       }
+      again = work.finish(0, channels, s, q);
     }
   }
   if (!work.writes) return;

@@ -32,13 +32,15 @@ struct Affine {
   Array<S> near, scale, constant;
   explicit Affine(int64_t channels) : near(channels), scale(channels), constant(channels) {}
 
-  void set(int64_t first, int64_t last, const double* __restrict mean, const double* __restrict var,
-           const double* __restrict gamma, const double* __restrict beta, double eps) const {
+  // `inverse` gives 1/√(var + eps) of a channel.
+  template <class F>
+  void set(int64_t first, int64_t last, const double* __restrict mean, const F& inverse,
+           const double* __restrict gamma, const double* __restrict beta) const {
     S* __restrict to_near = near;
     S* __restrict to_scale = scale;
     S* __restrict to_constant = constant;
     for (int64_t c = first; c < last; ++c) {
-      const double slope = gamma[c] * (1 / sqrt(var[c] + eps));
+      const double slope = gamma[c] * inverse(c);
       const double rounded = double(S(mean[c]));
       to_near[c] = S(rounded);
       to_scale[c] = S(slope);
@@ -105,17 +107,28 @@ struct ForwardWork : Work {
       shift[c] = p == values ? 0.0 : double(read(at + c * shape.inner));
   }
 
-  bool finish(int64_t c, double s, double q) override {
-    const double offset = s * share, var = q * share - offset * offset;
-    call.mean[c] = shift[c] + offset;
-    call.var[c] = var < 0 ? 0 : var;
-    const bool far = offset * offset > far_offset(S()) * call.var[c];
-    if (far) shift[c] = call.mean[c];
-    return far;
+  bool finish(int64_t first, int64_t last, const double* __restrict s,
+              const double* __restrict q) override {
+    double* __restrict mean = call.mean + first;
+    double* __restrict var = call.var + first;
+    double* __restrict from = shift + first;
+    bool again = false;
+    for (int64_t c = 0; c < last - first; ++c) {
+      const double offset = s[c] * share, raw = q[c] * share - offset * offset;
+      mean[c] = from[c] + offset;
+      var[c] = raw < 0 ? 0 : raw;
+      const bool far = offset * offset > far_offset(S()) * var[c];
+      from[c] = far ? mean[c] : from[c];
+      again |= far;
+    }
+    return again;
   }
 
   void prepare(int64_t first, int64_t last) override {
-    channel.set(first, last, call.mean, call.var, call.gamma, call.beta, call.eps);
+    const double* __restrict var = call.var;
+    const double eps = call.eps;
+    const auto inverse = [=](int64_t c) { return 1 / sqrt(var[c] + eps); };
+    channel.set(first, last, call.mean, inverse, call.gamma, call.beta);
   }
 
   // --- the moments ---

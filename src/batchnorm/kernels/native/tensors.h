@@ -41,12 +41,13 @@ inline int64_t size_of(Dtype dtype) {
 
 // Scratch memory, without a malloc where there are few channels.
 struct Doubles {
-  double here[256];
+  static constexpr int64_t kHere = 512;
+  double here[kHere];
   std::unique_ptr<double[]> elsewhere;
   double* data = here;
 
   explicit Doubles(int64_t count) {
-    if (count <= 256) return;
+    if (count <= kHere) return;
     elsewhere.reset(new double[count]);
     data = elsewhere.get();
   }
