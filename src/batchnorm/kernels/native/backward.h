@@ -12,8 +12,9 @@ namespace {
 
 using batchnorm::Backward;
 
-// Where the activation's side is told from.
-enum Side : int { kNoSide, kFromX, kFromY };
+// Where the activation's side is told from. kKeep, in the first pass: from y, and dz is written at once, for
+// the residual's gradient; kKept, in the second: it is dz already. So y and dy are read once.
+enum Side : int { kNoSide, kFromX, kFromY, kKeep, kKept };
 
 // What each channel's elements meet: x̂ is (x − near) · inverse + centre, dx is scale · dz +
 // w · (slant · x̂ + level), and z, before any residual, is (x − near) · scale + constant.
@@ -35,6 +36,8 @@ struct BackwardWork : Work {
   const S slope;
   const bool relu;
   static constexpr int64_t kRegister = P::N * sizeof(T);
+  const bool keeps;    // dz, as above
+  bool in_registers = false;  // each row begins at a register's boundary, as writing past the cache needs
   const bool streams;  // both outputs can be written so, or only one is wanted
   const int64_t own_columns;
   Affine<S> side;
@@ -47,7 +50,7 @@ struct BackwardWork : Work {
       : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
         dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
         relu(b.activation == batchnorm::kRelu),
-        streams(b.stream && dx &&
+        keeps(keeps_dz(b)), streams(b.stream && dx &&
                 (!dresidual || ((uintptr_t)dx - (uintptr_t)dresidual) % kRegister == 0)),
         own_columns(columns_of(b.shape, P::N, b.mask, b.parts)),
         side(b.shape.channels), inverse(b.shape.channels), channel(kConstants * b.shape.channels),
@@ -91,6 +94,15 @@ struct BackwardWork : Work {
     }
   }
 
+  // Not of 16 bits times a slope, where dz is rounded as it is written. And where the second pass finds
+  // in the cache what the first has read, dz would be one more thing to find there, and to write back
+  // from there: only if that is not to be spared.
+  static bool keeps_dz(const Backward& b) {
+    return b.dresidual && b.dx && b.y && !b.sums_given &&
+           (b.activation == batchnorm::kRelu || sizeof(T) > 2) &&
+           (!b.stream || in_rows(b.shape, b.mask, b.parts));
+  }
+
   // A channel's constants in registers; see forward.h's Put.
   template <class Q, int Where, bool Masked>
   struct Local {
@@ -101,7 +113,7 @@ struct BackwardWork : Work {
     T* dx;
     T* dresidual;
     V slope, near, inverse, centre, scale, slant, level, constant;
-    bool relu, training;
+    bool relu, training, past_cache;
 
     // dz and x̂ of a few elements. Both are 0 where an element does not count and one of them is not
     // finite: its share would poison what does.
@@ -111,8 +123,8 @@ struct BackwardWork : Work {
     inline Terms terms(int64_t at, V w) const {
       V dz = Q::load(dy + at);
       const V v = Q::load(x + at);
-      if (Where != kNoSide) {
-        const V z = Where == kFromY ? Q::load(y + at) : apply(v, near, scale, constant);
+      if (Where != kNoSide && Where != kKept) {
+        const V z = Where != kFromX ? Q::load(y + at) : apply(v, near, scale, constant);
         // Not a product for relu: an infinite gradient · 0 is NaN.
         dz = select(z <= V{}, relu ? V{} : dz * slope, dz);
       }
@@ -124,9 +136,15 @@ struct BackwardWork : Work {
 
     inline void sum(int64_t at, V w, typename Q::D& s, typename Q::D& q) const {
       const Terms t = terms(at, w);
+      keep(at, t.dz);
       const typename Q::D dz = widen(t.dz);
       s = s + dz;
       q = q + dz * widen(t.x_hat);
+    }
+    inline void keep(int64_t at, V dz) const {
+      if (Where != kKeep) return;
+      if (past_cache) Q::stream(dresidual + at, dz);
+      else Q::store(dresidual + at, dz);
     }
     // Of kFold registers, `step` elements apart, whose weights are what `weight` gives for 0, 1, …
     template <class F>
@@ -135,6 +153,7 @@ struct BackwardWork : Work {
       V sum_s = {}, sum_q = {};
       for (int i = 0; i < kFold<T>; ++i) {
         const Terms t = terms(at + i * step, weight(i));
+        keep(at + i * step, t.dz);
         sum_s = sum_s + t.dz;
         sum_q = sum_q + t.dz * t.x_hat;
       }
@@ -143,7 +162,8 @@ struct BackwardWork : Work {
     }
     // Of `lanes` alone.
     inline void sum(int64_t at, V w, V lanes, typename Q::D& s, typename Q::D& q) const {
-      Terms t = terms(at, w);
+      const Terms t = terms(at, w);
+      keep(at, t.dz);
       const typename Q::D dz = widen(select(lanes > V{}, t.dz, V{}));
       s = s + dz;
       q = q + dz * widen(t.x_hat);
@@ -153,7 +173,7 @@ struct BackwardWork : Work {
     inline void put(int64_t at, V w) const {
       const Terms t = terms(at, w);
       // Without an activation it is dy itself, unless a mask drops some of it.
-      if ((Where == kFromY || Masked) && dresidual) {
+      if (Where != kKept && (Where == kFromY || Masked) && dresidual) {
         if (Stream) Q::stream(dresidual + at, t.dz);
         else Q::store(dresidual + at, t.dz);
       }
@@ -171,7 +191,7 @@ struct BackwardWork : Work {
     inline void ahead(int64_t at, int64_t by = kAhead) const {
       prefetch(x + at, by);
       prefetch(dy + at, by);
-      if (Where == kFromY) prefetch(y + at, by);
+      if (Where == kFromY || Where == kKeep) prefetch(y + at, by);
     }
   };
 
@@ -179,20 +199,21 @@ struct BackwardWork : Work {
   inline Local<Q, Where, Masked> of_channel(int64_t c) const {
     const int64_t n = shape.channels;
     const S* k = channel + c;
-    return {dy, x, y, dx, dresidual, Q::splat(slope), Q::splat(k[kNear * n]),
+    return {Where == kKept ? dresidual : dy, x, y, dx, dresidual, Q::splat(slope), Q::splat(k[kNear * n]),
             Q::splat(k[kInverse * n]), Q::splat(k[kCentre * n]), Q::splat(k[kScale * n]),
             Q::splat(k[kSlant * n]), Q::splat(k[kLevel * n]), Q::splat(k[kConstant * n]), relu,
-            call.training};
+            call.training, false};
   }
 
   template <class Q, int Where, bool Masked>
-  inline Local<Q, Where, Masked> of_column(int64_t j) const {
+  inline Local<Q, Where, Masked> of_column(int64_t j, bool past_cache) const {
     const S* k = column + j;
-    return {dy + j, x + j, moved(y, j), moved(dx, j), moved(dresidual, j), Q::splat(slope),
+    return {(Where == kKept ? dresidual : dy) + j, x + j, moved(y, j), moved(dx, j), moved(dresidual, j), Q::splat(slope),
             Q::weights(k + kNear * of_kind), Q::weights(k + kInverse * of_kind),
             Q::weights(k + kCentre * of_kind), Q::weights(k + kScale * of_kind),
             Q::weights(k + kSlant * of_kind), Q::weights(k + kLevel * of_kind),
-            Q::weights(k + kConstant * of_kind), relu, call.training};
+            Q::weights(k + kConstant * of_kind), relu, call.training,
+            past_cache};
   }
 
   // --- runs of one channel ---
@@ -252,7 +273,8 @@ struct BackwardWork : Work {
   template <class Q, int Where, bool Masked, bool All = true>
   inline void column_sums(int64_t from, int64_t to, int64_t j, double* s, double* q,
                           typename Q::V lanes = typename Q::V()) const {
-    const auto local = of_column<Q, Where, Masked>(j);
+    const bool past_cache = All && Q::N > 1 && in_registers && call.stream_early;
+    const auto local = of_column<Q, Where, Masked>(j, past_cache);
     typename Q::D sum_s = Q::sums(s + j), sum_q = Q::sums(q + j);
     const int64_t step = columns, next = (to - from) * step * int64_t(sizeof(T));
     const auto weight = [&](int64_t row) { return Q::splat(Masked ? mask[row] : S(0)); };
@@ -273,7 +295,7 @@ struct BackwardWork : Work {
 
   template <class Q, int Where, bool Masked, bool Stream>
   inline void put_columns(int64_t from, int64_t to, int64_t j) const {
-    const auto local = of_column<Q, Where, Masked>(j);
+    const auto local = of_column<Q, Where, Masked>(j, false);
     const S* w = mask;
     const int64_t step = columns, next = (from - to) * step * int64_t(sizeof(T));
     for (int64_t row = to; row-- > from;) {
@@ -285,7 +307,7 @@ struct BackwardWork : Work {
   template <int Where, bool Masked>
   void put_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const {
     int64_t j = begin;
-    if (streams && (uintptr_t)(dx + begin) % kRegister == 0 && columns % P::N == 0)
+    if (in_registers)
       for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, true>(from, to, j);
     else
       for (; j + P::N <= end; j += P::N) put_columns<P, Where, Masked, false>(from, to, j);
@@ -297,10 +319,11 @@ struct BackwardWork : Work {
   }
 
   // Calls body with where the side is told from and whether there is a mask, as constants.
-  template <class F>
+  template <Side Keeping, class F>
   inline void by_variant(const F& body) const {
     const auto with = [&](auto is_masked) {
       if (call.activation == batchnorm::kNone) body(Constant<kNoSide>(), is_masked);
+      else if (keeps) body(Constant<Keeping>(), is_masked);
       else if (y) body(Constant<kFromY>(), is_masked);
       else body(Constant<kFromX>(), is_masked);
     };
@@ -309,16 +332,16 @@ struct BackwardWork : Work {
   }
 
   void first_run(int64_t at, int64_t weight_at, int64_t n, int64_t c, Sums& sums) const override {
-    by_variant([&](auto w, auto m) { sum_run<w.value, m.value>(at, weight_at, n, c, sums); });
+    by_variant<kKeep>([&](auto w, auto m) { sum_run<w.value, m.value>(at, weight_at, n, c, sums); });
   }
 
   void second_run(int64_t at, int64_t weight_at, int64_t n, int64_t c) const override {
-    by_variant([&](auto w, auto m) { put_run<w.value, m.value>(at, weight_at, n, c); });
+    by_variant<kKept>([&](auto w, auto m) { put_run<w.value, m.value>(at, weight_at, n, c); });
   }
 
   void first_rows(int64_t from, int64_t to, int64_t begin, int64_t end, double* s,
                   double* q) const override {
-    by_variant([&](auto w, auto m) {
+    by_variant<kKeep>([&](auto w, auto m) {
       int64_t j = begin;
       for (; j + P::N <= end; j += P::N) column_sums<P, w.value, m.value>(from, to, j, s, q);
       if (j < end && begin + P::N <= end) {
@@ -330,10 +353,11 @@ struct BackwardWork : Work {
   }
 
   void second_rows(int64_t from, int64_t to, int64_t begin, int64_t end) const override {
-    by_variant([&](auto w, auto m) { put_rows<w.value, m.value>(from, to, begin, end); });
+    by_variant<kKept>([&](auto w, auto m) { put_rows<w.value, m.value>(from, to, begin, end); });
   }
 
   void spread_kinds(int first, int last) {
+    in_registers = streams && (uintptr_t)dx % kRegister == 0 && columns % P::N == 0;
     for (int m = first; m < last; ++m)
       spread<S>(shape, channel + m * shape.channels, own + m * own_columns, own_columns);
   }

@@ -74,6 +74,8 @@ struct Operands {
     return mask.read(x, layout, dtype, weights, &mask_data, count);
   }
 
+  int64_t bytes() const { return x.numel() * size_of(dtype); }
+
   bool alike(const Tensor& t) const {
     return t.is_cpu() && dtype_of(t) == dtype && same_sizes(t, x);
   }
@@ -85,7 +87,7 @@ struct Operands {
     call.x = x.const_data_ptr();
     call.mask = mask_data;
     call.slope = kLeakySlope;
-    call.stream = past_cache(tensors * x.numel() * size_of(dtype), reads_twice);
+    call.stream = past_cache(tensors * bytes(), reads_twice);
     call.parts = parts_for(x.numel());
   }
 };
@@ -223,6 +225,9 @@ struct Back {
         parameters(weight, bias, of.channels()) {
     const int tensors = 2 + bool(y) + bool(flags & kWantX) + bool(flags & kWantResidual);
     of.describe(call, tensors, flags & (kTraining | kWantParameters));
+    // What the second pass reads again. Measured, bn+add+relu of channels-last float32, 2 cores with 32 MB,
+    // time without by time with: 0.9 at 32 MB in all, 1.0 at 64, 1.15 at 128.
+    call.stream_early = past_cache(tensors * of.bytes() / 4, true);
     call.dy = dy.const_data_ptr();
     call.y = y ? side.const_data_ptr() : nullptr;
     call.count = count;

@@ -64,6 +64,7 @@ struct Backward {
   bool training;     // the moments came from x: gradients go through them
   bool sums_given;   // nobody asks for dgamma and dbeta, or they are inputs
   bool stream;
+  bool stream_early; // already in the first pass, what it writes
   int parts;
 };
 
