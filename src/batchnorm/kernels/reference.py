@@ -60,7 +60,9 @@ def normalize(
         z = z + along_channel(bias, x, channel_dim)
     if residual is not None:
         z = z + residual
-    return activate(z, activation).to(output_dtype(x, residual))
+    z, dtype = activate(z, activation), output_dtype(x, residual)
+    # Not z.to(dtype) alone: where that does nothing, torch 2.11 compiled loses the gradient.
+    return z if z.dtype is dtype else z.to(dtype)
 
 
 def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:

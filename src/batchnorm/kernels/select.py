@@ -114,7 +114,8 @@ def recorded() -> bool:
 
 def exported() -> bool:
     """Whether the operations are recorded for another runtime: torch.export, torch.jit.trace."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    # Not torch.compiler.is_exporting(), which torch 2.11 compiled takes for true.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def blocks(x: Tensor) -> bool:

@@ -124,13 +124,20 @@ class BatchNorm(_BatchNorm):
         if dtype is not None and not dtype.is_floating_point:
             raise ArgumentError(f"expected a floating dtype, got {dtype}")
         check_options(eps, momentum, activation)
-        super().__init__(
-            int(channels), eps, momentum, affine, track_running_stats, device, dtype, bias=bias
-        )
+        super().__init__(int(channels), eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch 2.11 has no such argument
+            self.register_parameter("bias", None)
         self.channel_dim = int(channel_dim)
         self.activation = activation
         self._told_nonfinite = False
         self._widen_statistics()
+
+    def reset_parameters(self) -> None:
+        """γ = 1, β = 0, and the running statistics as if no batch had come."""
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                torch.nn.init.constant_(parameter, value)
 
     @property
     def features(self) -> int:
