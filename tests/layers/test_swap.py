@@ -1,6 +1,7 @@
 """Putting BatchNorm where torch.nn.BatchNorm1d/2d/3d was changes nothing but what is said here."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ OPTIONS = [
     {"momentum": None},
     {"momentum": 0.0},
     {"affine": False},
-    {"bias": False},
+    *([{"bias": False}] if "bias" in signature(nn.BatchNorm2d).parameters else []),  # from 2.13 on
     {"track_running_stats": False},
 ]
 
