@@ -231,7 +231,8 @@ def _add_bench(app: "Typer") -> None:
         json: Annotated[
             Path | None,
             typer.Option(
-                metavar="FILE", help="Write all that was measured there, and figures beside it."
+                metavar="FILE",
+                help="Write all that was measured there, and a page and figures beside it.",
             ),
         ] = None,
         threads: Annotated[

@@ -28,10 +28,11 @@ def test_one_small_case_from_end_to_end(tmp_path):
     done = bench("--filter", "64x10 ", "--threads", "1", "--json", str(path))
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    *text, first, second, third = done.stdout.splitlines()
+    *text, first, second, third, _ = done.stdout.splitlines()
     assert max(map(len, text)) <= 80
-    assert (first, second) == (
+    assert (first, second, third) == (
         f"Written: {path}",
+        f"Written: {path.with_suffix('.md')}",
         f"Written: {path.with_name('one-ratios-default.svg')}",
     )
     content = json.loads(path.read_text())

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from batchnorm.bench import plots, report, results
+from batchnorm.bench.environment import environment
 from batchnorm.bench.results import geomeans, prepare, refused, save, summarise, worst
 from batchnorm.errors import ArgumentError
 
@@ -43,7 +44,7 @@ def size(bytes_, mode="forward", allocator="default"):
 
 def events(rows, sizes=(), notes=()):
     return [
-        {"event": "environment", "cache_bytes": {"L2": 1 << 20}, "threads": 2},
+        {"event": "environment", **environment("cpu", 0), "cache_bytes": {"L2": 1 << 20}},
         *({"event": "row", **r} for r in rows),
         *({"event": "size", **s} for s in sizes),
         *({"event": "note", "text": text} for text in notes),
@@ -102,10 +103,16 @@ def test_the_file_has_the_figures_beside_it(tmp_path):
     path = tmp_path / "new" / "cpu.json"
     prepare(path)
     written = save(content, path)
-    names = ["cpu.json", "cpu-ratios-default.svg", "cpu-ratios-no-page-faults.svg", "cpu-sizes.svg"]
+    names = [
+        "cpu.json",
+        "cpu.md",
+        "cpu-ratios-default.svg",
+        "cpu-ratios-no-page-faults.svg",
+        "cpu-sizes.svg",
+    ]
     assert [p.name for p in written] == names
     assert json.loads(path.read_text()) == content
-    ratios, without, by_size = (p.read_text() for p in written[1:])
+    text, ratios, without, by_size = (p.read_text() for p in written[1:])
     for word in ("forward+backward", "torch eager", "torch.compile", "64x256 float32 dense"):
         assert word in ratios
     # Only what was measured is in the legend, and a wrong result is in no figure.
@@ -113,8 +120,12 @@ def test_the_file_has_the_figures_beside_it(tmp_path):
     assert "1x1 float32" not in ratios
     for word in ("time per KB of the tensor (ns)", "16 KB", "L2", "copy", "no page faults"):
         assert word in by_size
+    for name in names[2:]:
+        assert f"]({name})" in text
+    assert "Written by `batchnorm bench --suite full --device cpu --json cpu.json`" in text
+    assert "\n".join(printed(content)) in text
     assert save(content, path) == written
-    assert written[1].read_text() == ratios
+    assert written[2].read_text() == ratios
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_measuring(tmp_path):

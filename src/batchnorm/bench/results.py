@@ -111,13 +111,14 @@ def prepare(path: Path) -> None:
 
 
 def save(content: dict[str, Any], path: Path) -> list[Path]:
-    """Write the file and the figures beside it; return their paths."""
+    """Write the file, and a page and the figures beside it; return their paths."""
     from batchnorm.bench import plots
+    from batchnorm.bench.page import page
 
     written = {path: json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"}
-    written |= {
-        path.with_name(f"{path.stem}-{name}.svg"): svg for name, svg in plots.draw(content).items()
-    }
+    figures = {f"{path.stem}-{name}.svg": svg for name, svg in plots.draw(content).items()}
+    written[path.with_suffix(".md")] = page(content, path.name, list(figures))
+    written |= {path.with_name(name): svg for name, svg in figures.items()}
     for place, text in written.items():
         try:
             place.write_text(text, encoding="utf-8")
