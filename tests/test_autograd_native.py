@@ -1,5 +1,7 @@
 """What the layer and the functions make of the C++ kernels: gradients, hooks, who else serves."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -12,8 +14,11 @@ pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MI
 @pytest.mark.parametrize("wanted", range(1, 16))
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "neither"])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_any_of_the_inputs(wanted, affine, training):
-    x, residual = torch.randn(2, 6, 3)
+@pytest.mark.parametrize(
+    ("shape", "activation"), [((6, 3), "relu"), ((2, 3, 40), "leaky_relu"), ((2, 3, 40), None)]
+)
+def test_gradients_of_any_of_the_inputs(wanted, affine, training, shape, activation):
+    x, residual = torch.randn(2, *shape)
     weight = torch.randn(3) if affine in ("both", "weight") else None
     bias = torch.randn(3) if affine in ("both", "bias") else None
     inputs = [x, weight, bias, residual]
@@ -25,7 +30,7 @@ def test_gradients_of_any_of_the_inputs(wanted, affine, training):
         ]
         asked = [t for t in leaves if t is not None and t.requires_grad]
         if not asked:
-            return
+            pytest.skip("nothing is asked for")
         with pytest.MonkeyPatch.context() as patch:
             if name is None:
                 patch.setattr(native, "MISSING", "for comparison")
@@ -36,11 +41,11 @@ def test_gradients_of_any_of_the_inputs(wanted, affine, training):
                 *leaves[1:3],
                 training,
                 residual=leaves[3],
-                activation="relu",
+                activation=activation,
             )
             assert (y.grad_fn.backend == "native") == (name == "native")
             torch.manual_seed(1)
-            results.append(torch.autograd.grad(y, asked, torch.randn(6, 3)))
+            results.append(torch.autograd.grad(y, asked, torch.randn(shape)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -53,9 +58,9 @@ def test_what_raises_afterwards_has_changed_nothing():
         raise ValueError
 
     x = torch.randn(6, 3)
-    for bn in (BatchNorm(3, activation=fails), BatchNorm(3)):
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        with pytest.raises(ValueError), hooks:  # noqa: PT011
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    for bn, around in ((BatchNorm(3, activation=fails), contextlib.nullcontext()), (BatchNorm(3), hooks)):
+        with pytest.raises(ValueError), around:  # noqa: PT011
             bn(x)
         assert bn.num_batches_tracked == 0
         assert torch.equal(bn.running_mean, torch.zeros(3))
@@ -72,6 +77,13 @@ def test_what_autograd_cannot_save_has_changed_nothing():
             batch_norm(x, mean, var, weight, None, True, mask=counts, activation="relu")
         assert torch.equal(mean, torch.zeros(3))
         assert torch.equal(var, torch.ones(3))
+    with (
+        torch.inference_mode(),
+        torch.enable_grad(),
+        pytest.raises(RuntimeError, match="Inference tensors cannot be saved"),
+    ):
+        batch_norm(x, mean, var, training=True)
+    assert torch.equal(mean, torch.zeros(3))
     # The kernels would save this one, the others need not.
     assert batch_norm(x, mean, var, None, frozen, True, activation="relu").requires_grad
     assert not torch.equal(mean, torch.zeros(3))
@@ -102,13 +114,14 @@ def test_hooks_that_bring_back_other_strides():
     def unpack(tensor):
         return torch.stack([tensor, tensor], -1)[..., 0]
 
-    x, weight = torch.randn(6, 3, requires_grad=True), torch.randn(3, requires_grad=True)
-    dy = torch.randn(6, 3)
-    want = torch.autograd.grad(batch_norm(x, None, None, weight, training=True), (x, weight), dy)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
-        y = batch_norm(x, None, None, weight, training=True)
-    for a, b in zip(torch.autograd.grad(y, (x, weight), dy), want, strict=True):
-        torch.testing.assert_close(a, b)
+    x, dy = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    for weight in (torch.randn(3, requires_grad=True), None):
+        leaves = (x,) if weight is None else (x, weight)
+        want = torch.autograd.grad(batch_norm(x, None, None, weight, training=True), leaves, dy)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+            y = batch_norm(x, None, None, weight, training=True)
+        for a, b in zip(torch.autograd.grad(y, leaves, dy), want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_left_to_others():

@@ -36,6 +36,9 @@ def test_one_small_case_from_end_to_end(tmp_path):
         f"Written: {path.with_name('one-ratios-default.svg')}",
     )
     content = json.loads(path.read_text())
+    assert content["command"] == (
+        "batchnorm bench --suite quick --device cpu --threads 1 --filter '64x10 '"
+    )
     assert content["environment"]["threads"] == 1
     found = content["rows"]
     assert len(found) == 9 * 2
@@ -80,7 +83,7 @@ def test_help_explains_every_option():
         (("--suite", "nope"), "Expected one of: quick, full"),
         (("--filter", "7x7x7x7x7"), "has '7x7x7x7x7' in its name"),
         (("--threads", "0"), "--threads"),
-        (("--json", "/"), "a directory"),
+        (("--json", "/"), "ends in .json"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(arguments, message):

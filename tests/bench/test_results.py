@@ -99,7 +99,7 @@ def test_the_file_has_the_figures_beside_it(tmp_path):
         for mode in ("forward", "forward+backward")
         for k in range(14)
     ]
-    content = summarise("full", events(ROWS, sizes))
+    content = summarise("full", events(ROWS, sizes), command="batchnorm bench --filter 64x10")
     path = tmp_path / "new" / "cpu.json"
     prepare(path)
     written = save(content, path)
@@ -122,16 +122,22 @@ def test_the_file_has_the_figures_beside_it(tmp_path):
         assert word in by_size
     for name in names[2:]:
         assert f"]({name})" in text
-    assert "Written by `batchnorm bench --suite full --device cpu --json cpu.json`" in text
+    assert "Written by `batchnorm bench --filter 64x10 --json FILE`" in text
     assert "\n".join(printed(content)) in text
     assert save(content, path) == written
     assert written[2].read_text() == ratios
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_measuring(tmp_path):
+    (tmp_path / "folder.json").mkdir()
     with pytest.raises(ArgumentError, match=r"a directory\. Choose another one with --json"):
-        prepare(tmp_path)
+        prepare(tmp_path / "folder.json")
     (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match=r"ends in \.json"):
+        prepare(tmp_path / "cpu.md")
+    (tmp_path / "README.md").write_text("# Something else")
+    with pytest.raises(ArgumentError, match=r"README\.md to be a page of results"):
+        prepare(tmp_path / "README.json")
     with pytest.raises(ArgumentError, match="Cannot make the directory"):
         prepare(tmp_path / "file" / "cpu.json")
 

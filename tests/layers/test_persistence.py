@@ -6,6 +6,8 @@ import io
 import pickle
 import weakref
 
+from inspect import signature
+
 import pytest
 import torch
 from torch import nn
@@ -249,9 +251,25 @@ def test_gamma_and_beta_are_the_parameters():
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 
+def test_without_a_bias():
+    layer = BatchNorm(4, bias=False)
+    assert list(layer.state_dict())[:1] == ["weight"]
+    assert layer.bias is None
+    with torch.no_grad():
+        layer.weight.fill_(3.0)
+    layer(torch.randn(8, 4))
+    layer.reset_parameters()
+    assert layer.weight.tolist() == [1.0] * 4
+    assert layer.running_mean.tolist() == [0.0] * 4
+    assert layer.num_batches_tracked == 0
+
+
 def test_repr():
     # torch's own line, then what is not this class's default.
     assert repr(BatchNorm(4)) == repr(nn.BatchNorm2d(4)).replace("BatchNorm2d", "BatchNorm")
+    without = nn.BatchNorm2d(4, bias=False) if "bias" in signature(nn.BatchNorm2d).parameters else None
+    if without is not None:
+        assert repr(BatchNorm(4, bias=False)) == repr(without).replace("BatchNorm2d", "BatchNorm")
     shown = repr(BatchNorm(4, momentum=None, channel_dim=-1, activation="relu"))
     assert shown.startswith("BatchNorm(4, eps=1e-05, momentum=None, affine=True, ")
     assert shown.endswith("track_running_stats=True, channel_dim=-1, activation='relu')")

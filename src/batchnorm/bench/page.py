@@ -9,17 +9,20 @@ from batchnorm.bench import report
 
 MB = 1 << 20
 
+#: What every page begins with.
+HEADING = "# Batch norm beside torch"
 
-def page(content: dict[str, Any], json: str, figures: Sequence[str]) -> str:
+
+def page(content: dict[str, Any], figures: Sequence[str]) -> str:
     """Return the page: where it was measured, the figures, and all that is printed."""
-    place, suite = content["environment"], content["suite"]
+    place = content["environment"]
     caches = ", ".join(f"{name} {size / MB:g} MB" for name, size in place["cache_bytes"].items())
     printed = "\n".join(text.plain for text in report.lines(content))
     pictures = "\n\n".join(f"![{_words(name)}]({name})" for name in figures)
     return f"""\
-# Batch norm beside torch: the {suite} suite on {place["device"]}
+{HEADING}: the {content["suite"]} suite on {place["device"]}
 
-Written by `batchnorm bench --suite {suite} --device {place["device"]} --json {json}`.
+Written by `{content["command"]} --json FILE`.
 
 | | |
 |---|---|

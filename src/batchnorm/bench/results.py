@@ -11,6 +11,7 @@ from typing import Any
 
 from batchnorm.bench import measure
 from batchnorm.bench.cases import PASSES
+from batchnorm.bench.page import HEADING, page
 from batchnorm.errors import ArgumentError, BatchNormError
 
 SCHEMA = 1
@@ -23,13 +24,15 @@ Row = dict[str, Any]
 GROUP = ("pass", "fusion", "peer", "allocator")
 
 
-def summarise(suite: str, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    suite: str, events: Iterable[dict[str, Any]], *, command: str = "batchnorm bench"
+) -> dict[str, Any]:
     """Return everything that was found, from the events of the measuring processes.
 
     Returns:
         `rows`, one for each case, pass, fusion, peer and allocator; `geomean` of their ratios over
         the cases; `worst`, the row with the lowest ratio, for each pass; `sizes`, the time of a
-        call by the size of a tensor; `environment`; `notes`, in words.
+        call by the size of a tensor; `environment`; `notes`, in words; `command`, which measured.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for event in events:
@@ -40,6 +43,7 @@ def summarise(suite: str, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "suite": suite,
+        "command": command,
         "environment": found["environment"][0],
         # The same note comes from every case that it concerns.
         "notes": list(dict.fromkeys(note["text"] for note in found.get("note", []))),
@@ -96,6 +100,8 @@ def prepare(path: Path) -> None:
         MissingDependencyError: the `lab` extra, which draws, is not installed.
     """
     importlib.import_module("batchnorm.bench.plots")
+    if path.suffix != ".json":
+        raise ArgumentError(f"Expected a file that ends in .json, got {path}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +109,12 @@ def prepare(path: Path) -> None:
             f"Cannot make the directory {path.parent} ({error.strerror}). Choose another file with "
             "--json."
         ) from error
+    beside = path.with_suffix(".md")
+    if beside.exists() and not beside.read_text("utf-8", "replace").startswith(HEADING):
+        raise ArgumentError(
+            f"Expected {beside} to be a page of results, which is written anew, or not there. "
+            "Choose another file with --json."
+        )
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ArgumentError(
             f"Expected a file that can be written, got {path}"
@@ -113,11 +125,10 @@ def prepare(path: Path) -> None:
 def save(content: dict[str, Any], path: Path) -> list[Path]:
     """Write the file, and a page and the figures beside it; return their paths."""
     from batchnorm.bench import plots
-    from batchnorm.bench.page import page
 
     written = {path: json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"}
     figures = {f"{path.stem}-{name}.svg": svg for name, svg in plots.draw(content).items()}
-    written[path.with_suffix(".md")] = page(content, path.name, list(figures))
+    written[path.with_suffix(".md")] = page(content, list(figures))
     written |= {path.with_name(name): svg for name, svg in figures.items()}
     for place, text in written.items():
         try:

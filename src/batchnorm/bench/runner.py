@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -96,7 +97,10 @@ def run(
                 progress.step(f"{event['what']}, {name}" if len(names) > 1 else event["what"])
             else:
                 events.append(event)
-    return results.summarise(suite, events)
+    command = ["batchnorm", "bench", "--suite", suite, "--device", device]
+    command += ["--threads", str(threads)] if threads is not None else []
+    command += ["--filter", text] if text else []
+    return results.summarise(suite, events, command=shlex.join(command))
 
 
 def allocators(device: str) -> tuple[str, ...]:

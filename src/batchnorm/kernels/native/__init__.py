@@ -22,7 +22,7 @@ LIBRARY = Path(
 #: What the operators call the activations.
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
-ACTIVATION = 3  # the bits of a number that are one
+ACTIVATION = 3  # the bits that hold it
 
 #: The rest of what a call is asked for, added to the activation; see ops.cpp. Forward:
 TRAINING, LATER, KEEP = 4, 8, 16
@@ -95,8 +95,9 @@ def hooked() -> bool:
 
 def saves(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> bool:
     """Whether autograd can save these; it finds out after the kernels have changed the buffers."""
-    return torch.is_inference_mode_enabled() or not (
-        x.is_inference()
+    return not (
+        torch.is_inference_mode_enabled()  # y will be one
+        or x.is_inference()
         or (weight is not None and weight.is_inference())
         or (bias is not None and bias.is_inference())
         or (mask is not None and mask.is_inference())
@@ -123,6 +124,8 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_legacy_batchedtensor(x)
+        # Left over from a transform that is done.
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
     )
@@ -143,8 +146,8 @@ def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -
     """Use the instructions of a level, below 0 the best that this processor has; how many it has.
 
     The same results to rounding; for tests and measurements. So are the other two: from how many
-    elements on more than one thread works, and beyond how many bytes the output is written past the
-    cache; below 0 as measured.
+    elements on more than one thread works, and beyond how many bytes in all tensors of a call its
+    outputs are written past the cache; below 0 as measured.
     """
     return int(torch.ops.batchnorm.use(level, serial_elements, stream_bytes))
 

@@ -12,8 +12,8 @@ namespace {
 
 using batchnorm::Backward;
 
-// Where the activation's side is told from. kKeep, in the first pass: from y, and dz is written at once, for
-// the residual's gradient; kKept, in the second: it is dz already. So y and dy are read once.
+// Where the activation's side is told from. kKeep, in the first pass: from y, and dz is written at
+// once, for the residual's gradient; kKept, in the second: dz is read there. So y and dy are read once.
 enum Side : int { kNoSide, kFromX, kFromY, kKeep, kKept };
 
 // What each channel's elements meet: x̂ is (x − near) · inverse + centre, dx is scale · dz +
@@ -36,9 +36,9 @@ struct BackwardWork : Work {
   const S slope;
   const bool relu;
   static constexpr int64_t kRegister = P::N * sizeof(T);
-  const bool keeps;    // dz, as above
-  bool in_registers = false;  // each row begins at a register's boundary, as writing past the cache needs
-  const bool streams;  // both outputs can be written so, or only one is wanted
+  const bool keeps;           // dz, as above
+  const bool streams;         // outputs are written past the cache: dx, and dresidual beside it
+  bool in_registers = false;  // and each row begins at a register's boundary, as that needs
   const int64_t own_columns;
   Affine<S> side;
   Array<double> inverse;
@@ -49,8 +49,8 @@ struct BackwardWork : Work {
   explicit BackwardWork(const Backward& b)
       : call(b), dy((const T*)b.dy), x((const T*)b.x), y((const T*)b.y), mask((const S*)b.mask),
         dx((T*)b.dx), dresidual((T*)b.dresidual), slope(S(b.slope)),
-        relu(b.activation == batchnorm::kRelu),
-        keeps(keeps_dz(b)), streams(b.stream && dx &&
+        relu(b.activation == batchnorm::kRelu), keeps(keeps_dz(b)),
+        streams(b.stream && dx &&
                 (!dresidual || ((uintptr_t)dx - (uintptr_t)dresidual) % kRegister == 0)),
         own_columns(columns_of(b.shape, P::N, b.mask, b.parts)),
         side(b.shape.channels), inverse(b.shape.channels), channel(kConstants * b.shape.channels),
@@ -94,9 +94,8 @@ struct BackwardWork : Work {
     }
   }
 
-  // Not of 16 bits times a slope, where dz is rounded as it is written. And where the second pass finds
-  // in the cache what the first has read, dz would be one more thing to find there, and to write back
-  // from there: only if that is not to be spared.
+  // Not of 16 bits times a slope: what is written is rounded. And not where the second pass finds in the
+  // cache what the first has read, and writes past it: dz would be written through it.
   static bool keeps_dz(const Backward& b) {
     return b.dresidual && b.dx && b.y && !b.sums_given &&
            (b.activation == batchnorm::kRelu || sizeof(T) > 2) &&
@@ -130,21 +129,26 @@ struct BackwardWork : Work {
       }
       const V x_hat = (v - near) * inverse + centre;
       if (!Masked) return {dz, x_hat};
-      const auto sound = (w > V{}) | ((v - v == V{}) & (dz - dz == V{}));
+      const auto sound = (w > V{}) | ((x_hat - x_hat == V{}) & (dz - dz == V{}));
       return {select(sound, dz, V{}), select(sound, x_hat, V{})};
     }
 
-    inline void sum(int64_t at, V w, typename Q::D& s, typename Q::D& q) const {
+    // The first pass's: dz is written, where it is kept.
+    inline Terms kept_terms(int64_t at, V w) const {
       const Terms t = terms(at, w);
-      keep(at, t.dz);
+      if (Where != kKeep) return t;
+      if (past_cache) Q::stream(dresidual + at, t.dz);
+      else Q::store(dresidual + at, t.dz);
+      return t;
+    }
+
+    static inline void add(const Terms& t, typename Q::D& s, typename Q::D& q) {
       const typename Q::D dz = widen(t.dz);
       s = s + dz;
       q = q + dz * widen(t.x_hat);
     }
-    inline void keep(int64_t at, V dz) const {
-      if (Where != kKeep) return;
-      if (past_cache) Q::stream(dresidual + at, dz);
-      else Q::store(dresidual + at, dz);
+    inline void sum(int64_t at, V w, typename Q::D& s, typename Q::D& q) const {
+      add(kept_terms(at, w), s, q);
     }
     // Of kFold registers, `step` elements apart, whose weights are what `weight` gives for 0, 1, …
     template <class F>
@@ -152,8 +156,7 @@ struct BackwardWork : Work {
                             typename Q::D& q) const {
       V sum_s = {}, sum_q = {};
       for (int i = 0; i < kFold<T>; ++i) {
-        const Terms t = terms(at + i * step, weight(i));
-        keep(at + i * step, t.dz);
+        const Terms t = kept_terms(at + i * step, weight(i));
         sum_s = sum_s + t.dz;
         sum_q = sum_q + t.dz * t.x_hat;
       }
@@ -162,11 +165,8 @@ struct BackwardWork : Work {
     }
     // Of `lanes` alone.
     inline void sum(int64_t at, V w, V lanes, typename Q::D& s, typename Q::D& q) const {
-      const Terms t = terms(at, w);
-      keep(at, t.dz);
-      const typename Q::D dz = widen(select(lanes > V{}, t.dz, V{}));
-      s = s + dz;
-      q = q + dz * widen(t.x_hat);
+      const Terms t = kept_terms(at, w);
+      add({select(lanes > V{}, t.dz, V{}), select(lanes > V{}, t.x_hat, V{})}, s, q);
     }
 
     template <bool Stream>
@@ -228,8 +228,7 @@ struct BackwardWork : Work {
     typename P::D s = P::from(sums.s), q = P::from(sums.q), s2 = P::wide(0), q2 = P::wide(0);
     if (kFold<T> > 1)
       for (; at + kFold<T> * P::N <= end; at += kFold<T> * P::N) {
-        local.ahead(at);
-        local.ahead(at + kFold<T> / 2 * P::N);
+        for (int i = 0; i < kFold<T> * P::N; i += 64 / sizeof(T)) local.ahead(at + i);
         local.sum_several(at, P::N, [&](int i) { return weight(at + i * P::N); }, s, q);
       }
     for (; at + 2 * P::N <= end; at += 2 * P::N) {

@@ -196,7 +196,6 @@ std::tuple<Optional, double, int64_t> moments(Tensor given, Optional mask, int64
   call.count = of.count;
   call.mean = (double*)statistics.mutable_data_ptr();
   call.var = call.mean + channels;
-  call.eps = 1;
   call.training = true;
   batchnorm::kernels().forward(of.dtype, call);
   return {statistics, of.count, 0};
@@ -212,22 +211,34 @@ struct Back {
   Parameters parameters;
   batchnorm::Backward call{};
 
-  static bool fit(const Operands& of, const Tensor& dy, const Optional& y,
-                  const Tensor& statistics) {
-    return of.alike(dy) && (!y || of.alike(*y)) && statistics.dim() == 2 &&
-           statistics.size(1) == of.channels() && dtype_of(statistics) == Dtype::kDouble;
+  // Two rows of doubles, one value a channel.
+  static bool is_pair(const Tensor& t, int64_t channels) {
+    return t.is_cpu() && t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels &&
+           t.is_contiguous() && dtype_of(t) == Dtype::kDouble;
+  }
+
+  // Reads x and the mask; false if they, or what comes with them, cannot be served.
+  static bool fit(Operands& of, int64_t channel, const Optional& mask, const Tensor& dy,
+                  const Optional& y, const Tensor& statistics, const Optional& weight,
+                  const Optional& bias, double eps, int64_t flags) {
+    return of.read(channel, mask) && Parameters::fit(weight, bias, eps, flags, of.channels()) &&
+           of.alike(dy) && (!y || of.alike(*y)) && is_pair(statistics, of.channels());
   }
 
   Back(Operands operands, const Tensor& given_dy, const Optional& y, const Tensor& statistics,
-       const Optional& weight, const Optional& bias, double count, double eps, int64_t flags)
+       const Optional& weight, const Optional& bias, const Optional& given_sums, double count,
+       double eps, int64_t flags, bool writes_residual)
       : of(std::move(operands)), dy(arranged_like(given_dy, of.x)),
         side(y ? arranged_like(*y, of.x) : of.x), sums(2 * of.channels()),
         parameters(weight, bias, of.channels()) {
-    const int tensors = 2 + bool(y) + bool(flags & kWantX) + bool(flags & kWantResidual);
-    of.describe(call, tensors, flags & (kTraining | kWantParameters));
-    // What the second pass reads again. Measured, bn+add+relu of channels-last float32, 2 cores with 32 MB,
-    // time without by time with: 0.9 at 32 MB in all, 1.0 at 64, 1.15 at 128.
+    const bool sums_wanted = flags & (kTraining | kWantParameters);
+    const int tensors = 2 + bool(y) + bool(flags & kWantX) + writes_residual;
+    of.describe(call, tensors, sums_wanted && !given_sums);
+    // The first pass's output, which the second reads again, at four times the size. Measured,
+    // bn+add+relu of channels-last float32, 2 cores with 32 MB, time without by time with: 0.9 at 32 MB
+    // in all, 1.0 at 64, 1.15 at 128.
     call.stream_early = past_cache(tensors * of.bytes() / 4, true);
+    call.sums_given = given_sums || !sums_wanted;
     call.dy = dy.const_data_ptr();
     call.y = y ? side.const_data_ptr() : nullptr;
     call.count = count;
@@ -240,7 +251,10 @@ struct Back {
     call.training = flags & kTraining;
     call.dbeta = sums.data;
     call.dgamma = sums.data + of.channels();
-    std::fill_n(sums.data, 2 * of.channels(), 0.0);
+    if (given_sums)
+      std::copy_n((const double*)given_sums->const_data_ptr(), 2 * of.channels(), sums.data);
+    else
+      std::fill_n(sums.data, 2 * of.channels(), 0.0);
   }
   Back(const Back&) = delete;
 };
@@ -252,27 +266,22 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
                    int64_t channel, int64_t flags) {
   const Gradients not_served = {std::nullopt, std::nullopt, std::nullopt, std::nullopt, kNotServed};
   Operands of(x);
-  if (!of.read(channel, mask) || !Parameters::fit(weight, bias, eps, flags, of.channels()) ||
-      !Back::fit(of, dy, y, statistics))
-    return not_served;
+  if (!Back::fit(of, channel, mask, dy, y, statistics, weight, bias, eps, flags)) return not_served;
   const int64_t channels = of.channels();
   // There is a residual, so y tells the activation's side.
   if ((flags & kWantResidual) && (flags & kActivation) && !y) return not_served;
-  if (sums && (sums->dim() != 2 || sums->numel() != 2 * channels || !sums->is_contiguous() ||
-               dtype_of(*sums) != Dtype::kDouble))
-    return not_served;
+  if (sums && !Back::is_pair(*sums, channels)) return not_served;
 
-  Back back(std::move(of), dy, y, statistics, weight, bias, count, eps, flags);
+  // Without an activation or a mask it is dy itself.
+  const bool writes_residual = (flags & kWantResidual) && ((flags & kActivation) || mask);
+  Back back(std::move(of), dy, y, statistics, weight, bias, sums, count, eps, flags,
+            writes_residual);
   batchnorm::Backward& call = back.call;
   Optional dx, dresidual, dweight, dbias;
   if (flags & kWantX) dx = output_like(back.of.x);
-  // Without an activation or a mask it is dy itself.
-  if ((flags & kWantResidual) && (call.activation != batchnorm::kNone || mask))
-    dresidual = output_like(back.of.x);
+  if (writes_residual) dresidual = output_like(back.of.x);
   call.dx = dx ? dx->mutable_data_ptr() : nullptr;
   call.dresidual = dresidual ? dresidual->mutable_data_ptr() : nullptr;
-  if (sums) std::copy_n((const double*)sums->const_data_ptr(), 2 * channels, back.sums.data);
-  call.sums_given = sums || (!call.training && !(flags & kWantParameters));
   batchnorm::kernels().backward(back.of.dtype, call);
 
   if (flags & kWantParameters) {
@@ -291,11 +300,11 @@ std::tuple<Optional, int64_t> backward_reduce(Tensor dy, Tensor x, Optional y, T
                                               Optional weight, Optional bias, Optional mask,
                                               double eps, int64_t channel, int64_t flags) {
   Operands of(x);
-  if (!of.read(channel, mask) || !Parameters::fit(weight, bias, eps, flags, of.channels()) ||
-      !Back::fit(of, dy, y, statistics))
+  if (!Back::fit(of, channel, mask, dy, y, statistics, weight, bias, eps, flags))
     return {std::nullopt, kNotServed};
   const double count = of.count;
-  Back back(std::move(of), dy, y, statistics, weight, bias, count, eps, flags);
+  const int64_t wanted = (flags & (kActivation | kTraining)) | kWantParameters;
+  Back back(std::move(of), dy, y, statistics, weight, bias, std::nullopt, count, eps, wanted, false);
   batchnorm::kernels().backward(back.of.dtype, back.call);
   const Tensor sums = statistics_of(back.of.channels());
   std::copy_n(back.sums.data, sums.numel(), (double*)sums.mutable_data_ptr());

@@ -23,7 +23,8 @@ inline bool finite_in(double value, Dtype dtype) {
 // Takes the batch's moments in, except in channels where they are not finite (with `together`: in
 // none, if there is such a channel). Returns the number of channels left out.
 inline int64_t update_running(const Tensor& mean, const Tensor& var, const double* batch_mean,
-                       const double* batch_var, double count, double momentum, bool together) {
+                              const double* batch_var, double count, double momentum,
+                              bool together) {
   const Dtype mean_dtype = dtype_of(mean), var_dtype = dtype_of(var);
   const int64_t channels = mean.numel();
   const double bessel = count / (count - 1);

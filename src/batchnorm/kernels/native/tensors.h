@@ -39,7 +39,7 @@ inline int64_t size_of(Dtype dtype) {
   }
 }
 
-// Scratch memory, without a malloc where there are few channels.
+// Scratch memory, without a malloc up to 256 channels: beyond, a call takes too long for it to matter.
 struct Doubles {
   static constexpr int64_t kHere = 512;
   double here[kHere];
