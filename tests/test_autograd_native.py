@@ -59,7 +59,10 @@ def test_what_raises_afterwards_has_changed_nothing():
 
     x = torch.randn(6, 3)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    for bn, around in ((BatchNorm(3, activation=fails), contextlib.nullcontext()), (BatchNorm(3), hooks)):
+    for bn, around in (
+        (BatchNorm(3, activation=fails), contextlib.nullcontext()),
+        (BatchNorm(3), hooks),
+    ):
         with pytest.raises(ValueError), around:  # noqa: PT011
             bn(x)
         assert bn.num_batches_tracked == 0

@@ -5,7 +5,6 @@ import gc
 import io
 import pickle
 import weakref
-
 from inspect import signature
 
 import pytest
@@ -267,7 +266,9 @@ def test_without_a_bias():
 def test_repr():
     # torch's own line, then what is not this class's default.
     assert repr(BatchNorm(4)) == repr(nn.BatchNorm2d(4)).replace("BatchNorm2d", "BatchNorm")
-    without = nn.BatchNorm2d(4, bias=False) if "bias" in signature(nn.BatchNorm2d).parameters else None
+    without = (
+        nn.BatchNorm2d(4, bias=False) if "bias" in signature(nn.BatchNorm2d).parameters else None
+    )
     if without is not None:
         assert repr(BatchNorm(4, bias=False)) == repr(without).replace("BatchNorm2d", "BatchNorm")
     shown = repr(BatchNorm(4, momentum=None, channel_dim=-1, activation="relu"))

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchnorm.bench import report
+from batchnorm.bench.results import HEADING
 
 MB = 1 << 20
-
-#: What every page begins with.
-HEADING = "# Batch norm beside torch"
 
 
 def page(content: dict[str, Any], figures: Sequence[str]) -> str:

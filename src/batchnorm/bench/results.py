@@ -11,13 +11,15 @@ from typing import Any
 
 from batchnorm.bench import measure
 from batchnorm.bench.cases import PASSES
-from batchnorm.bench.page import HEADING, page
 from batchnorm.errors import ArgumentError, BatchNormError
 
 SCHEMA = 1
 
 #: Significant digits of a number in the file: times repeat to two or three.
 DIGITS = 5
+
+#: What every page of results begins with.
+HEADING = "# Batch norm beside torch"
 
 Row = dict[str, Any]
 
@@ -125,6 +127,7 @@ def prepare(path: Path) -> None:
 def save(content: dict[str, Any], path: Path) -> list[Path]:
     """Write the file, and a page and the figures beside it; return their paths."""
     from batchnorm.bench import plots
+    from batchnorm.bench.page import page
 
     written = {path: json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"}
     figures = {f"{path.stem}-{name}.svg": svg for name, svg in plots.draw(content).items()}
