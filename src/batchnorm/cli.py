@@ -224,7 +224,7 @@ def _add_bench(app: "Typer") -> None:
             typer.Option(
                 metavar="quick|full",
                 help="quick takes about a minute; full, every case and torch.compile for each, "
-                "about half an hour on 2 cores.",
+                "about 15 minutes on 2 cores.",
             ),
         ] = "quick",
         device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",

@@ -95,7 +95,7 @@ def refused(content: dict[str, Any]) -> list[Row]:
 
 
 def prepare(path: Path) -> None:
-    """Find out before the measuring whether `save` will work: it may take half an hour.
+    """Find out before the measuring whether `save` will work: it may take 15 minutes.
 
     Raises:
         ArgumentError: the path cannot be written to.

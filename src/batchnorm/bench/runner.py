@@ -69,7 +69,7 @@ def run(
     """Measure a suite, in a process for each way to allocate memory.
 
     Args:
-        suite: its name: quick takes a minute, full half an hour.
+        suite: its name: quick takes a minute, full 15.
         device: cpu or cuda.
         threads: of torch; its own choice if None.
         text: only the cases that have it in their titles.
