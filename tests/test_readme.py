@@ -33,13 +33,13 @@ def test_both_have_the_same_code(language):
     assert [code(block) for block in english] == [code(block) for block in chinese]
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", [*READMES, "benchmarks/README.md", "CONTRIBUTING.md"])
 def test_links_and_pictures_exist(name):
-    targets = re.findall(r"\]\(([^)]+)\)", READMES[name])
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text())
     local = [target for target in targets if not target.startswith("https://")]
-    assert len(local) >= 6
+    assert len(local) >= (6 if name in READMES else 0)
     for target in local:
-        assert (ROOT / target).exists(), target
+        assert (ROOT / name).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -103,7 +103,7 @@ def _differentiable(
 ) -> tuple[Tensor, int] | None:
     """`NativeFunction`, or its kernels alone where nobody asks for gradients; None: not served.
 
-    `kept` gets the statistics (in evaluation, if there is need) and their count.
+    `kept` gets the statistics (in evaluation, only where gradients are recorded) and their count.
     """
     try:
         if torch.is_grad_enabled() and (

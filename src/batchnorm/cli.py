@@ -41,7 +41,7 @@ def main() -> None:
     except ImportError as error:
         _fail(
             f"the batchnorm command needs {error.name}, which is not installed. Install it with: "
-            "pip install 'batchnorm[lab]'"
+            "pip install --no-build-isolation '.[lab]' (in the clone)"
         )
     try:
         command()

@@ -8,13 +8,13 @@ from typing import Any
 from batchnorm.bench import report
 from batchnorm.bench.results import HEADING
 
-MB = 1 << 20
+KB, MB = 1 << 10, 1 << 20
 
 
 def page(content: dict[str, Any], figures: Sequence[str]) -> str:
     """Return the page: where it was measured, the figures, and all that is printed."""
     place = content["environment"]
-    caches = ", ".join(f"{name} {size / MB:g} MB" for name, size in place["cache_bytes"].items())
+    caches = ", ".join(f"{name} {_bytes(size)}" for name, size in place["cache_bytes"].items())
     printed = "\n".join(text.plain for text in report.lines(content))
     pictures = "\n\n".join(f"![{_words(name)}]({name})" for name in figures)
     return f"""\
@@ -36,6 +36,10 @@ Python {place["python"]}, {place["platform"]}, {place["libc"]} |
 {printed}
 ```
 """
+
+
+def _bytes(size: int) -> str:
+    return f"{size / MB:g} MB" if size >= MB else f"{size / KB:g} KB"
 
 
 def _words(name: str) -> str:

@@ -1,7 +1,7 @@
 """Which kernels serve this call, and why. The only place that knows all of them.
 
-`native` serves whole calls, before anything here is asked; see `native.serves`. The rest is chosen
-between here.
+`native` serves whole calls, before anything here is asked; see `native.serves`. This module chooses
+among the others.
 
 The names of backends travel from a forward pass to its backward pass, so that both compute from
 statistics of the same kind.

@@ -16,5 +16,5 @@ missing = [name for name, module in _MODULES.items() if importlib.util.find_spec
 if missing:
     raise MissingDependencyError(
         f"batchnorm.lab needs {', '.join(missing)}, not installed here. Install with: "
-        "pip install 'batchnorm[lab]'"
+        "pip install --no-build-isolation '.[lab]' (in the clone)"
     )

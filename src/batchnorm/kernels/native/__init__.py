@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU: what loads them, what calls them, and why they are not there if so.
+"""C++ kernels for the CPU: what loads them, what calls them and, where they are missing, why.
 
 They serve a whole call each way: moments, output and running update in one; see ops.cpp for what
 they take. What they do not take they leave untouched, and say so.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -41,8 +42,10 @@ INSTRUCTIONS = ("baseline", "AVX2", "AVX-512")
 NOT_SERVED = -1
 
 INSTALL = (
-    "install a C++17 compiler (g++ or clang++) and build again, where torch is installed: "
-    "pip install --no-build-isolation --force-reinstall --no-deps batchnorm"
+    "they are not built on Windows"
+    if sys.platform == "win32"
+    else "install a C++17 compiler (g++ or clang++) and build again, in the clone, where torch is "
+    "installed: pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 
 
@@ -145,8 +148,8 @@ def serves_gradient(dy: Tensor) -> bool:
 def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -> int:
     """Use the instructions of a level, below 0 the best that this processor has; how many it has.
 
-    The same results to rounding; for tests and measurements. So are the other two: from how many
-    elements on more than one thread works, and beyond how many bytes in all tensors of a call its
+    The same results to rounding; for tests and measurements. So are `serial_elements` and
+    `stream_bytes`: from how many elements on more than one thread works, and beyond how many bytes in all tensors of a call its
     outputs are written past the cache; below 0 as measured.
     """
     return int(torch.ops.batchnorm.use(level, serial_elements, stream_bytes))

@@ -38,7 +38,7 @@ struct BackwardWork : Work {
   static constexpr int64_t kRegister = P::N * sizeof(T);
   const bool keeps;           // dz, as above
   const bool streams;         // outputs are written past the cache: dx, and dresidual beside it
-  bool in_registers = false;  // and each row begins at a register's boundary, as that needs
+  bool in_registers = false;  // and each row begins at a register's boundary: rows need that for it
   const int64_t own_columns;
   Affine<S> side;
   Array<double> inverse;
@@ -94,8 +94,8 @@ struct BackwardWork : Work {
     }
   }
 
-  // Not of 16 bits times a slope: what is written is rounded. And not where the second pass finds in the
-  // cache what the first has read, and writes past it: dz would be written through it.
+  // Not for 16-bit data with leaky_relu: the dz written is rounded. Not where planes are written past the
+  // cache: dz would go through the cache that the second pass relies on.
   static bool keeps_dz(const Backward& b) {
     return b.dresidual && b.dx && b.y && !b.sums_given &&
            (b.activation == batchnorm::kRelu || sizeof(T) > 2) &&

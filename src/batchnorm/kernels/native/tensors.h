@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// More axes than anyone has, and torch allows 64.
+// Calls with more axes are not served; torch allows 64.
 constexpr int64_t kMostAxes = 16;
 
 inline Dtype dtype_of(const Tensor& t) {

@@ -218,10 +218,10 @@ struct Pack<double> {
 };
 
 // How many products of a backward pass are added up in the precision of computation before the sum is
-// widened. Of 16 bits a few roundings of float are far below what the elements have, and gradients are far
-// from the 10³⁷ where eight of them overflow; widening each is twice the work, and there it is work, not memory, that takes the time. Measured, (8, 64, 56, 56)
-// bfloat16, one thread: backward 0.32 ns an element with 1, 0.27 with 4, 0.25 with 8. (Of float32, where
-// memory is the limit, 2 would gain 5 % at most.)
+// widened. For 16-bit data a few roundings of float are far below what the elements have, and gradients
+// are far from 10³⁷, where eight of them could overflow. To widen each is twice the work, and there work,
+// not memory, takes the time. Measured, (8, 64, 56, 56) bfloat16, one thread: backward 0.32 ns an element
+// with 1, 0.27 with 4, 0.25 with 8. For float32, where memory is the limit, 2 would gain 5 % at most.
 template <class T>
 constexpr int kFold = sizeof(T) == 2 ? 8 : 1;
 
