@@ -125,9 +125,9 @@ def test_help_explains_every_option():
 @pytest.mark.parametrize(
     ("module", "arguments", "remedy"),
     [
-        ("typer", ("--version",), "pip install 'batchnorm[lab]'"),
-        ("rich", ("--version",), "pip install 'batchnorm[lab]'"),
-        ("sklearn", ("lab", "list"), "pip install 'batchnorm[lab]'"),
+        ("typer", ("--version",), "pip install --no-build-isolation '.[lab]'"),
+        ("rich", ("--version",), "pip install --no-build-isolation '.[lab]'"),
+        ("sklearn", ("lab", "list"), "pip install --no-build-isolation '.[lab]'"),
     ],
 )
 def test_a_missing_extra_is_named_with_the_remedy(module, arguments, remedy):

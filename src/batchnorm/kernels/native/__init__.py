@@ -149,8 +149,8 @@ def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -
     """Use the instructions of a level, below 0 the best that this processor has; how many it has.
 
     The same results to rounding; for tests and measurements. So are `serial_elements` and
-    `stream_bytes`: from how many elements on more than one thread works, and beyond how many bytes in all tensors of a call its
-    outputs are written past the cache; below 0 as measured.
+    `stream_bytes`: from how many elements on more than one thread works, and beyond how many bytes
+    in all tensors of a call its outputs are written past the cache; below 0 as measured.
     """
     return int(torch.ops.batchnorm.use(level, serial_elements, stream_bytes))
 
