@@ -46,7 +46,10 @@ TESTS = {
         "test_validation.py", "layers/test_persistence.py", "layers/test_batch_norm.py",
         "layers/test_layouts.py",
     ],
-    "running.py": ["test_functional.py", "layers/test_func.py", "layers/test_batch_norm.py"],
+    "running.py": [
+        "test_functional.py", "layers/test_func.py", "layers/test_batch_norm.py",
+        "layers/test_compile.py",
+    ],
     "validation.py": ["test_validation.py", "test_functional.py"],
     "functional.py": [
         "test_functional.py", "test_validation.py", "layers/test_func.py",

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from batchnorm import ArgumentError, BatchNorm, batch_norm
+from batchnorm import ArgumentError, BatchNorm, InputError, batch_norm
 from batchnorm.kernels import native
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -136,9 +136,15 @@ def test_left_to_others():
     y = batch_norm(x, None, None, half, single, True)
     (d_bias,) = torch.autograd.grad(y, single, torch.full((6, 3), 3e4))
     assert d_bias.tolist() == [180000.0] * 3  # infinity in half precision
-    mean, var = torch.zeros(3, requires_grad=True), torch.ones(3)
-    with pytest.raises(RuntimeError, match="requires grad"):
-        batch_norm(x, mean, var, training=True)
+    for with_grad in (0, 1):
+        buffers = [torch.zeros(3), torch.ones(3)]
+        buffers[with_grad].requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad"):
+            batch_norm(x, *buffers, training=True)
+    with pytest.raises(ArgumentError, match="eps"):
+        batch_norm(x, None, None, training=True, eps="1")
+    with pytest.raises(InputError, match="channel axis"):
+        batch_norm(x, None, None, training=True, channel_dim=2**63)
     bn = BatchNorm(3)
     bn.num_batches_tracked = torch.tensor(0, device="meta")
     bn(x)
