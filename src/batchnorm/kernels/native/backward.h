@@ -199,8 +199,8 @@ struct BackwardWork : Work {
   inline Local<Q, Where, Masked> of_channel(int64_t c) const {
     const int64_t n = shape.channels;
     const S* k = channel + c;
-    return {Where == kKept ? dresidual : dy, x, y, dx, dresidual, Q::splat(slope), Q::splat(k[kNear * n]),
-            Q::splat(k[kInverse * n]), Q::splat(k[kCentre * n]), Q::splat(k[kScale * n]),
+    return {Where == kKept ? dresidual : dy, x, y, dx, dresidual, Q::splat(slope),
+            Q::splat(k[kNear * n]), Q::splat(k[kInverse * n]), Q::splat(k[kCentre * n]), Q::splat(k[kScale * n]),
             Q::splat(k[kSlant * n]), Q::splat(k[kLevel * n]), Q::splat(k[kConstant * n]), relu,
             call.training, false};
   }
@@ -208,12 +208,11 @@ struct BackwardWork : Work {
   template <class Q, int Where, bool Masked>
   inline Local<Q, Where, Masked> of_column(int64_t j, bool past_cache) const {
     const S* k = column + j;
-    return {(Where == kKept ? dresidual : dy) + j, x + j, moved(y, j), moved(dx, j), moved(dresidual, j), Q::splat(slope),
-            Q::weights(k + kNear * of_kind), Q::weights(k + kInverse * of_kind),
+    return {(Where == kKept ? dresidual : dy) + j, x + j, moved(y, j), moved(dx, j),
+            moved(dresidual, j), Q::splat(slope), Q::weights(k + kNear * of_kind), Q::weights(k + kInverse * of_kind),
             Q::weights(k + kCentre * of_kind), Q::weights(k + kScale * of_kind),
             Q::weights(k + kSlant * of_kind), Q::weights(k + kLevel * of_kind),
-            Q::weights(k + kConstant * of_kind), relu, call.training,
-            past_cache};
+            Q::weights(k + kConstant * of_kind), relu, call.training, past_cache};
   }
 
   // --- runs of one channel ---

@@ -1,8 +1,9 @@
 // Forward: moments of each channel, then y = activation(γ·(x − mean)/√(var + eps) + β + residual).
 //
 // The moments are sums, in double, of x − shift and (x − shift)², with a shift near the mean: exact
-// differences, of which little cancels (see far_offset). In the second pass the mean is a float `near` and what it lacks
-// (in the constant term), so that an offset of 10⁶ σ costs no more than the rounding of y.
+// differences, of which little cancels (see far_offset). In the second pass the mean is a float
+// `near` and what it lacks (in the constant term), so that an offset of 10⁶ σ costs no more than
+// the rounding of y.
 #pragma once
 
 #include <math.h>
@@ -13,10 +14,10 @@ namespace {
 
 using batchnorm::Forward;
 
-// The shift is one of the channel's elements, so at most σ·√count away from the mean. If its square is
-// more σ² than this, the sums are taken again from the mean found: what cancels magnifies the sums' own error,
-// which is count / lanes · 2⁻⁵³ at worst. For a result in float, 100 times 10⁷ · 2⁻⁵³ is 10⁻⁷, half a
-// rounding; for one in double nothing may be lost.
+// The shift is one of the channel's elements, so at most σ·√count away from the mean. If its square
+// is more σ² than this, the sums are taken again from the mean found: what cancels magnifies the
+// sums' own error, which is count / lanes · 2⁻⁵³ at worst. For a result in float, 100 times 10⁷ ·
+// 2⁻⁵³ is 10⁻⁷, half a rounding; for one in double nothing may be lost.
 constexpr double far_offset(float) { return 100; }
 constexpr double far_offset(double) { return 1.0 / 64; }
 

@@ -33,22 +33,23 @@ inline int64_t cache_bytes() {
   return bytes;
 }
 
-// Writes go past the cache where all that is read and written would fill most of it, so that what is
-// written does not push out what is still to be read. In evaluation nothing is read twice and the limit is
-// higher: only the reading of what is overwritten is saved. Measured on 2 cores with 32 MB, (n, 64, 56, 56), time
-// without by time with: forward 0.76 at 22 MB in all, 1.13 at 29, 1.29 at 51; backward 0.8 at 19 MB, 1.1
-// at 24, 1.3 at 77; with a residual 1.13 and 1.3 (forward, backward) at 24 MB; in evaluation 0.8 at 38 MB, 1.07 at 51, and of
-// dense rows 0.5 at 26 MB, 1.2 at 34.
+// Writes go past the cache where all that is read and written would fill most of it, so that what
+// is written does not push out what is still to be read. In evaluation nothing is read twice and
+// the limit is higher: only the reading of what is overwritten is saved. Measured on 2 cores with
+// 32 MB, (n, 64, 56, 56), time without by time with: forward 0.76 at 22 MB in all, 1.13 at 29, 1.29
+// at 51; backward 0.8 at 19 MB, 1.1 at 24, 1.3 at 77; with a residual 1.13 and 1.3 (forward,
+// backward) at 24 MB; in evaluation 0.8 at 38 MB, 1.07 at 51, and of dense rows 0.5 at 26 MB, 1.2
+// at 34.
 inline bool past_cache(int64_t bytes, bool reads_twice, bool rows) {
   const int64_t sixteenths = reads_twice ? 11 : rows ? 15 : 20;
   const int64_t cache = cache_bytes() / 16 * sixteenths;
   return bytes > (stream_bytes >= 0 ? stream_bytes : cache);
 }
 
-// Asks for huge pages only where whole ones are about to be written in full, so no memory is wasted on
-// them. (Who gets that part of the heap next has them too.) A first write to a page of 4 KB costs 1.8 µs on the machine measured, many
-// times the kernels' own work; to one of 2 MB 100 to 200 µs. On systems where programs are not asked it
-// changes nothing.
+// Asks for huge pages only where whole ones are about to be written in full, so no memory is wasted
+// on them. (Who gets that part of the heap next has them too.) A first write to a page of 4 KB
+// costs 1.8 µs on the machine measured, many times the kernels' own work; to one of 2 MB 100 to 200
+// µs. On systems where programs are not asked it changes nothing.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;
