@@ -6,9 +6,11 @@ from batchnorm.errors import BatchNormError as BatchNormError
 from batchnorm.errors import InputError as InputError
 from batchnorm.errors import MissingDependencyError as MissingDependencyError
 from batchnorm.errors import NonFiniteWarning as NonFiniteWarning
+from batchnorm.errors import SyncError as SyncError
 from batchnorm.functional import BatchNormOutput as BatchNormOutput
 from batchnorm.functional import batch_norm as batch_norm
 from batchnorm.functional import batch_norm_pure as batch_norm_pure
 from batchnorm.kernels.select import backends as backends
 from batchnorm.layers.batch_norm import BatchNorm as BatchNorm
 from batchnorm.moments import Moments as Moments
+from batchnorm.renorm import Renorm as Renorm

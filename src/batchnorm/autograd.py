@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.kernels import reference, select
-from batchnorm.moments import Moments, expand_mask
+from batchnorm.moments import Axes, Moments, Pool, channel_axis, expand_mask
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """The kernels as one differentiable operation, with the outputs of `select.Forward`."""
+    """The kernels as one differentiable operation, with the outputs of `select.Forward`.
+
+    By the batch's own moments; by a mean and variance given, which are constants; or, with a count
+    too, by moments in which x has its share, as others may have theirs: gradients go through them.
+    """
 
     generate_vmap_rule = True
 
@@ -25,30 +29,35 @@ class BatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         mask: Tensor | None,
+        count: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
         eps: float,
         activation: str | None,
-        channel_dim: int,
-    ) -> select.Forward:
+        channel_dim: Axes,
+        pool: Pool | None,  # noqa: ARG004
+    ) -> tuple[Any, ...]:
+        given = None if mean is None or var is None else (mean, var)
+        options: Any = {"eps": eps, "activation": activation}
+        if count is not None and given is not None:
+            y = select.normalize(
+                x, *given, weight, bias, residual, channel_dim=channel_dim, **options
+            )
+            return y, None, None, None, None, "reference"
+        channel = channel_axis(channel_dim)
         return select.forward(
-            x,
-            mask,
-            None if mean is None or var is None else (mean, var),
-            weight,
-            bias,
-            residual,
-            eps=eps,
-            activation=activation,
-            channel_dim=channel_dim,
+            x, mask, given, weight, bias, residual, channel_dim=channel, **options
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
-        x, weight, bias, residual, mask, _, _, ctx.eps, ctx.activation, ctx.channel_dim = inputs
-        y, count, mean, var, invstd, ctx.backend = output
+        x, weight, bias, residual, mask, count, mean, var, *options = inputs
+        ctx.eps, ctx.activation, ctx.channel_dim, ctx.pool = options
+        y, *statistics, invstd, ctx.backend = output
         # Lists, not generators: Dynamo cannot pass a generator on.
-        ctx.mark_non_differentiable(*[t for t in (count, mean, var, invstd) if t is not None])
+        ctx.mark_non_differentiable(*[t for t in (*statistics, invstd) if t is not None])
+        if count is None:
+            count, mean, var = statistics
         ctx.set_materialize_grads(False)
         ctx.output_dtype = y.dtype
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
@@ -61,7 +70,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         if dy is None:
-            return (None,) * 10
+            return (None,) * 12
         x, weight, y, mask, count, mean, var, invstd = ctx.saved_tensors
         backend = ctx.backend
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -82,9 +91,10 @@ class BatchNormFunction(torch.autograd.Function):
             eps=ctx.eps,
             activation=ctx.activation,
             channel_dim=ctx.channel_dim,
+            pool=ctx.pool,
         )
         wanted = zip(out, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*(g.to(dtype) if needed else None for g, dtype, needed in wanted), *(None,) * 6)
+        return (*(g.to(dtype) if needed else None for g, dtype, needed in wanted), *(None,) * 8)
 
 
 class DualBatchNormFunction(BatchNormFunction):
@@ -116,6 +126,7 @@ class DualBatchNormFunction(BatchNormFunction):
                 eps=ctx.eps,
                 activation=ctx.activation,
                 channel_dim=ctx.channel_dim,
+                pool=ctx.pool,
             )
         return y_dot.to(ctx.output_dtype), None, None, None, None, None
 
@@ -160,5 +171,7 @@ def _reference_statistics(
     """The statistics as differentiable functions of x, or as they are if they are constants."""
     if count is not None:
         moments = Moments.of(x, mask, channel_dim=ctx.channel_dim)
+        if ctx.pool is not None:
+            moments, _ = ctx.pool.merge(moments)
         mean, var = moments.mean, moments.variance()
     return "reference", mean, var

@@ -23,6 +23,10 @@ class InputError(BatchNormError, ValueError):
     """The data do not fit: a tensor's shape, dtype or values, a mask, a file's contents."""
 
 
+class SyncError(BatchNormError, RuntimeError):
+    """The processes that share statistics do not agree, or did not all come."""
+
+
 class MissingDependencyError(BatchNormError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

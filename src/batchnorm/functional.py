@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from batchnorm import autograd_native
+from batchnorm import autograd_native, pooled
 from batchnorm.autograd import function
 from batchnorm.errors import NonFiniteWarning
 from batchnorm.kernels import native
 from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.pooled import Population
+from batchnorm.renorm import Renorm, check_renorm
 from batchnorm.running import Running, assign, nonfinite_message, updated
+from batchnorm.sync import Group, Synchronizer, check_group, resolve
 from batchnorm.validation import (
     Activation,
     Settings,
@@ -26,6 +29,7 @@ from batchnorm.validation import (
     check_momentum,
     check_options,
     check_tensors,
+    check_virtual_batch_size,
 )
 
 
@@ -57,6 +61,9 @@ def batch_norm(
     residual: Tensor | None = None,
     channel_dim: int = 1,
     activation: Activation = None,
+    virtual_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     """Normalise each channel to mean 0 and variance 1, then scale, shift, add and activate.
 
@@ -88,6 +95,12 @@ def batch_norm(
         residual: shape of x.
         channel_dim: the axis of the channels.
         activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function of a tensor.
+        virtual_batch_size: in training, normalise each group of so many samples by its own
+            statistics (ghost batches); the last may be smaller. The running statistics take in all
+            groups together, once.
+        renorm: in training, draw the batch's statistics toward the running ones; see `Renorm`.
+        process_group: in training, share the statistics with these processes, as if one had the
+            batches of all, in the order of ranks; "world": with all. See `BatchNorm`.
 
     Returns:
         y, the shape of x, its dtype (promoted with the residual's), its memory format. Statistics
@@ -100,6 +113,7 @@ def batch_norm(
             a mask that counts for less. Nothing has been changed. (What the values of a mask
             decide is checked on the CPU only: elsewhere, and under compilation, a check would
             stall the device.)
+        SyncError: the processes that share statistics do not agree, or did not all come.
 
     Warns:
         NonFiniteWarning: a channel's batch statistics are not finite. Its running statistics are
@@ -121,7 +135,8 @@ def batch_norm(
     """
     check_momentum(momentum)
     running, settings = (running_mean, running_var, None), (momentum, eps, channel_dim, activation)
-    y, refused = step(x, weight, bias, residual, mask, running, training, settings)
+    population = population_of(virtual_batch_size, renorm, process_group, running)
+    y, refused = step(x, weight, bias, residual, mask, running, training, settings, population)
     if refused is not None:
         warnings.warn(nonfinite_message(refused), NonFiniteWarning, stacklevel=2)
     return y
@@ -141,6 +156,9 @@ def batch_norm_pure(
     residual: Tensor | None = None,
     channel_dim: int = 1,
     activation: Activation = None,
+    virtual_batch_size: int | None = None,
+    renorm: Renorm | None = None,
+    process_group: Group = None,
 ) -> BatchNormOutput:
     """As `batch_norm`, but the new running statistics are returned and nothing is changed in place.
 
@@ -151,7 +169,7 @@ def batch_norm_pure(
         as they are. Channels whose batch statistics are not finite keep their old values, silently.
 
     Raises:
-        ArgumentError, InputError: as `batch_norm`.
+        ArgumentError, InputError, SyncError: as `batch_norm`.
 
     Example:
         >>> import torch
@@ -163,16 +181,38 @@ def batch_norm_pure(
     """
     check_momentum(momentum)
     running, settings = (running_mean, running_var, None), (momentum, eps, channel_dim, activation)
+    population = population_of(virtual_batch_size, renorm, process_group, running)
     if native.serves(x, weight, bias, residual):
         if training and running_mean is not None and running_var is not None:
             running = running_mean.detach().clone(), running_var.detach().clone(), None
-        y, _ = step(x, weight, bias, residual, mask, running, training, settings)
+        y, _ = step(x, weight, bias, residual, mask, running, training, settings, population)
         return BatchNormOutput(y, *running[:2])
-    y, moments = normalize(x, weight, bias, residual, mask, running, training, settings)
+    y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
     if moments is None or running_mean is None or running_var is None:
         return BatchNormOutput(y, running_mean, running_var)
     update = updated(running_mean, running_var, moments, momentum)
     return BatchNormOutput(y, update.mean, update.var)
+
+
+def population_of(
+    virtual_batch_size: int | None,
+    renorm: Renorm | None,
+    process_group: Group,
+    reference: Running,
+) -> Population | None:
+    """What the arguments ask for besides the batch; None for nothing.
+
+    Raises:
+        ArgumentError: one of them is impossible.
+    """
+    if virtual_batch_size is None and renorm is None and process_group is None:
+        return None
+    check_virtual_batch_size(virtual_batch_size)
+    check_renorm(renorm)
+    check_group(process_group)
+    group = resolve(process_group)
+    sync = None if group is None else Synchronizer(group)
+    return Population(virtual_batch_size, renorm, sync, reference)
 
 
 def step(
@@ -184,6 +224,7 @@ def step(
     running: Running,
     training: bool,
     settings: Settings,
+    population: Population | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward pass; in training, running statistics and counter take the batch in, in place.
 
@@ -192,9 +233,10 @@ def step(
     Returns:
         y; and which channels refused the batch, where it is known that some did.
     """
-    served = autograd_native.step(x, weight, bias, residual, mask, running, training, settings)
-    if served is not None:
-        return served
+    if population is None or not training:
+        served = autograd_native.step(x, weight, bias, residual, mask, running, training, settings)
+        if served is not None:
+            return served
     mean, var, counter = running
     momentum, eps, channel_dim, activation = settings
     share: float | Tensor = 0.0
@@ -204,7 +246,7 @@ def step(
         # Not 1.0 / counter: of a whole number that is float32, and 1e-8 off.
         share = (counter + 1).to(accumulation_dtype(counter.device)).reciprocal()
     settings = share, eps, channel_dim, activation
-    y, moments = normalize(x, weight, bias, residual, mask, running, training, settings)
+    y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
     if moments is None or mean is None or var is None:
         return y, None
     # In a plain average every channel must have the same number of batches behind it.
@@ -224,11 +266,14 @@ def normalize(
     running: Running,
     training: bool,
     settings: Settings,
+    population: Population | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """The output, and the moments of the batch if the running statistics are to take them in.
 
     Arguments and errors are `batch_norm`'s.
     """
+    if training and population is not None:
+        return pooled.normalize(x, weight, bias, residual, mask, settings, population)
     momentum, eps, channel_dim, activation = settings
     mean, var, _ = running
     check_options(eps, momentum, activation)
@@ -238,7 +283,7 @@ def normalize(
         mean = var = None
     fused = activation if isinstance(activation, str) else None
     y, count, mean, var, *_ = function()(
-        x, weight, bias, residual, mask, mean, var, eps, fused, channel_dim
+        x, weight, bias, residual, mask, None, mean, var, eps, fused, channel_dim, None
     )
     if callable(activation):
         y = activation(y)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,25 +27,42 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def reduced_axes(x: Tensor, channel_dim: int) -> tuple[int, ...]:
-    """All axes of `x` but the channels'."""
-    return tuple(axis for axis in range(x.dim()) if axis != channel_dim % x.dim())
+Axes = int | tuple[int, int]
+"""Which axes keep their own statistics: the channels'; or those of groups of the batch and of the
+channels, counted from the front. Statistics then have the shape (groups, C)."""
 
 
-def along_channel(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """View a vector of one value per channel so that it broadcasts against `x`."""
+def channel_axis(axes: Axes) -> int:
+    """The channels' axis."""
+    return axes if isinstance(axes, int) else axes[1]
+
+
+def reduced_axes(x: Tensor, channel_dim: Axes) -> tuple[int, ...]:
+    """All axes of `x` that do not keep statistics of their own."""
+    kept = (channel_dim % x.dim(),) if isinstance(channel_dim, int) else channel_dim
+    return tuple(axis for axis in range(x.dim()) if axis not in kept)
+
+
+def along_channel(values: Tensor, x: Tensor, channel_dim: Axes) -> Tensor:
+    """View statistics, one value per channel (and group), so that they broadcast against `x`."""
     shape = [1] * x.dim()
-    shape[channel_dim] = -1
+    if isinstance(channel_dim, int):
+        shape[channel_dim] = -1
+    else:
+        # Of groups that share a value, there is one value, or no such axis.
+        for axis, size in zip(channel_dim[-values.dim() :], values.shape, strict=True):
+            shape[axis] = size
     return values.reshape(shape)
 
 
-def expand_mask(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+def expand_mask(mask: Tensor, x: Tensor, channel_dim: Axes) -> Tensor:
     """Give the mask the shape of `x` with one channel, or say why it does not fit.
 
     Raises:
         InputError: the mask does not broadcast to the shape of `x` without its channel axis, or is
             neither boolean nor real.
     """
+    channel_dim = channel_axis(channel_dim)
     wanted = [x.shape[axis] for axis in reduced_axes(x, channel_dim)]
     if mask.is_complex():
         raise InputError(f"expected a mask of booleans or real weights, got {mask.dtype}")
@@ -97,23 +115,28 @@ class Moments:
     mean: Tensor
     m2: Tensor
 
+    _NAMES: ClassVar = ("count", "mean", "m2")
+
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor | None = None, *, channel_dim: int = 1) -> Moments:
+    def of(cls, x: Tensor, mask: Tensor | None = None, *, channel_dim: Axes = 1) -> Moments:
         """Moments of a tensor's channels, accurate for any offset: centred, never E[x²] − E[x]².
 
         Args:
             x: floating, any rank from 2 up.
             mask: shape of `x` without the channel axis, broadcastable; bool (True = counts) or
                 non-negative weights. What it leaves out may hold anything, NaN included.
-            channel_dim: the axis of the channels.
+            channel_dim: the axis of the channels; or a pair of axes, that of groups of the batch
+                and that of the channels: then mean and m2 have the shape (groups, C), and with a
+                mask count has the shape (groups, 1).
 
         Raises:
             InputError: the mask does not fit, or `x` has no such axis or is not floating.
         """
-        if x.dim() < 2 or not -x.dim() <= channel_dim < x.dim() or not x.is_floating_point():
+        channel = channel_axis(channel_dim)
+        if x.dim() < 2 or not -x.dim() <= channel < x.dim() or not x.is_floating_point():
             raise InputError(
                 "expected a floating tensor of rank 2 or more with a channel axis "
-                f"{channel_dim}, got {x.dtype} of shape {tuple(x.shape)}"
+                f"{channel}, got {x.dtype} of shape {tuple(x.shape)}"
             )
         axes = reduced_axes(x, channel_dim)
         wider = x.dtype != accumulation_dtype(x.device)
@@ -123,7 +146,8 @@ class Moments:
             weights = None
         else:
             weights = expand_mask(mask, x, channel_dim).to(x.dtype)
-            count = weights.sum()
+            grouped = not isinstance(channel_dim, int)
+            count = weights.sum(axes).reshape(-1, 1) if grouped else weights.sum()
             # Not a product: 0 · NaN is NaN, and what is left out may hold NaN.
             x = torch.where(weights > 0, x, 0.0)
 
@@ -159,16 +183,26 @@ class Moments:
         if len({part.mean.shape for part in parts}) > 1:
             shapes = ", ".join(str(tuple(part.mean.shape)) for part in parts)
             raise InputError(f"expected Moments of the same channels to merge, got {shapes}")
-        means = torch.stack([part.mean for part in parts])
-        counts = torch.stack([part.count for part in parts])
-        counts = counts.reshape(counts.shape + (1,) * (means.dim() - counts.dim()))
+        stacked = (torch.stack([getattr(part, name) for part in parts]) for name in cls._NAMES)
+        return cls(*stacked).merged()
+
+    def merged(self) -> Moments:
+        """Moments of the union of several, which are stacked along a first axis of all three."""
+        counts = self.count
+        counts = counts.reshape(counts.shape + (1,) * (self.mean.dim() - counts.dim()))
         total = counts.sum(0)
         # Shares before products: a part that is alone in having elements has share 1 and comes out
         # unchanged to the last bit.
-        mean = (counts / torch.where(total > 0, total, 1.0) * means).sum(0)
-        m2 = torch.stack([part.m2 for part in parts]).sum(0)
-        m2 = m2 + (counts * (means - mean).square()).sum(0)
-        return cls(total.reshape(parts[0].count.shape), mean, m2)
+        mean = (counts / torch.where(total > 0, total, 1.0) * self.mean).sum(0)
+        m2 = self.m2.sum(0) + (counts * (self.mean - mean).square()).sum(0)
+        return Moments(total.reshape(self.count.shape[1:]), mean, m2)
+
+    def over_groups(self) -> Moments:
+        """Moments of all groups together, of statistics of the shape (groups, C)."""
+        groups = self.mean.shape[0]
+        return Moments(
+            self.count.reshape(-1, 1).expand(groups, 1)[:, 0], self.mean, self.m2
+        ).merged()
 
     def variance(self, correction: int = 0) -> Tensor:
         """Variance per channel, m2 / (count − correction).
@@ -185,3 +219,20 @@ class Moments:
         if correction == 0:
             free = torch.where(free > 0, free, 1.0)
         return torch.where(free > 0, self.m2 / free, torch.nan)
+
+
+class Pool(Protocol):
+    """Others with a share in the statistics: what they have is merged, or added, with what is here.
+
+    Both methods are differentiable, to any order.
+    """
+
+    def merge(self, local: Moments, header: tuple[int, ...] = ()) -> tuple[Moments, Moments]:
+        """From the moments of the elements here: those to normalise by, and those of all elements.
+
+        The first have the shape of what is given, which may be of groups. A header holds numbers
+        that must be the same for all.
+        """
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all who share in each of the statistics; along the last axes as theirs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,6 +47,23 @@ def check_options(eps: float, momentum: float | Tensor | None, activation: Activ
         names = ", ".join(map(repr, reference.ACTIVATIONS))
         raise ArgumentError(
             f"expected activation to be None, {names} or a function of a tensor, got {activation!r}"
+        )
+
+
+def check_virtual_batch_size(size: int | None) -> None:
+    """Refuse what is no number of samples."""
+    if size is None or (isinstance(size, Integral) and not isinstance(size, bool) and size >= 1):
+        return
+    raise ArgumentError(
+        f"expected virtual_batch_size to be a positive number of samples or None, got {size!r}"
+    )
+
+
+def check_running_given(mean: Tensor | None, var: Tensor | None) -> None:
+    """Refuse renormalization without anything to draw the batch's statistics toward."""
+    if mean is None or var is None:
+        raise ArgumentError(
+            "expected running statistics with renorm, which draws the batch's toward them; got none"
         )
 
 
@@ -163,19 +180,55 @@ def check_count(values: int, x: Tensor, mask: Tensor | None, channel_dim: int) -
     if mask is None or values == 0 or not select.concrete(mask):
         return
     weights = expand_mask(mask, x, channel_dim)
+    check_weights(mask)
+    check_total(weights.sum(dtype=torch.float64).item(), mask)
+
+
+def check_weights(mask: Tensor) -> None:
+    """Refuse a mask of weights that cannot be frequencies."""
     if mask.dtype is not torch.bool and not (mask.min() >= 0 and mask.isfinite().all()):
         raise InputError(
             "expected mask weights that are finite and not negative, got values from "
             f"{mask.min().item()} to {mask.max().item()}"
         )
-    count = weights.sum(dtype=torch.float64).item()
-    if count < MIN_COUNT:
+
+
+def check_total(count: float, mask: Tensor | None, whose: str = "") -> None:
+    """Refuse a total weight that says nothing of a variance."""
+    if count >= MIN_COUNT:
+        return
+    hint = ""
+    if mask is not None and mask.dtype is torch.bool:
+        hint = ". A mask is True where an element counts: is this one the other way round?"
+    elif mask is not None:
+        hint = ". Weights are frequencies, 1 for an ordinary element: were they normalised?"
+    raise InputError(
+        f"expected the mask to count at least {MIN_COUNT} elements per channel{whose}, got a total "
+        f"weight of {count:g}{hint}"
+    )
+
+
+def check_shared_count(total: float) -> None:
+    """Refuse batches that have, all processes' together, a single value per channel.
+
+    None at all is an empty batch.
+    """
+    if 0 < total < MIN_COUNT:
         raise InputError(
-            f"expected the mask to count at least {MIN_COUNT} elements per channel, got a total "
-            f"weight of {count:g}"
-            + (
-                ". A mask is True where an element counts: is this one the other way round?"
-                if mask.dtype is torch.bool
-                else ". Weights are frequencies, 1 for an ordinary element: were they normalised?"
-            )
+            "expected more than 1 value per channel to normalise by the statistics of all "
+            f"processes' batches, got a total weight of {total:g}. Use larger batches; or, with "
+            "running statistics, eval()"
+        )
+
+
+def check_group_counts(counts: Tensor) -> None:
+    """Refuse groups of samples with too few values. One with nothing that counts is none."""
+    few = (counts > 0) & (counts < MIN_COUNT)
+    if few.any():
+        group = int(few.nonzero()[0])
+        raise InputError(
+            "expected more than 1 value per channel in each group of virtual_batch_size samples, "
+            f"got a total weight of {float(counts[group]):g} in group {group} of {len(counts)}: "
+            "the variance of one value is 0 and says nothing. Use another virtual_batch_size, or "
+            "drop the batch's last samples (DataLoader(drop_last=True) drops a short last batch)"
         )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.reference import Gradients
-from batchnorm.moments import Moments, expand_mask, reduced_axes
+from batchnorm.kernels.reference import Gradients, pool_sums
+from batchnorm.moments import Axes, Moments, Pool, channel_axis, expand_mask, reduced_axes
 
 #: Elements in a block: 1 MB in float64. Measured, 2 cores with 1 MB of level-2 cache each, forward
 #: as a multiple of torch's on (32, 64, 56, 56) channels-last: 27 for 2^13, 5.7 for 2^16, 6.4 for
@@ -33,7 +33,7 @@ def block_size(x: Tensor) -> int:
     return BLOCK if x.device.type == "cpu" else DEVICE_BLOCK
 
 
-def pieces(x: Tensor, channel_dim: int) -> tuple[int, int]:
+def pieces(x: Tensor, channel_dim: Axes) -> tuple[int, int]:
     """Along which axis to cut, and how many of its entries make a block."""
     axes = reduced_axes(x, channel_dim)
     # The first, whose entries lie together in memory, if one of them fits; else the longest.
@@ -42,7 +42,7 @@ def pieces(x: Tensor, channel_dim: int) -> tuple[int, int]:
     return axis, max(1, block_size(x) * x.shape[axis] // x.numel())
 
 
-def cut(x: Tensor, channel_dim: int, *others: Tensor | None) -> Iterator[tuple[Tensor, list[Any]]]:
+def cut(x: Tensor, channel_dim: Axes, *others: Tensor | None) -> Iterator[tuple[Tensor, list[Any]]]:
     """Views of the blocks of `x`, each with those of other tensors of its shape or None."""
     axis, length = pieces(x, channel_dim)
     for start in range(0, x.shape[axis], length):
@@ -53,12 +53,14 @@ def cut(x: Tensor, channel_dim: int, *others: Tensor | None) -> Iterator[tuple[T
         )
 
 
-def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Moments:
+def moments(x: Tensor, mask: Tensor | None, channel_dim: Axes) -> Moments:
     """Moments of the whole from those of its blocks."""
     weights = None if mask is None else expand_mask(mask, x, channel_dim)
     return Moments.merge_all(
         Moments.of(
-            block, None if part is None else part.squeeze(channel_dim), channel_dim=channel_dim
+            block,
+            None if part is None else part.squeeze(channel_axis(channel_dim)),
+            channel_dim=channel_dim,
         )
         for block, (part,) in cut(x, channel_dim, weights)
     )
@@ -74,7 +76,7 @@ def normalize(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
 ) -> Tensor:
     """As the reference's function of this name."""
     y = torch.empty_like(x, dtype=reference.output_dtype(x, residual))
@@ -107,7 +109,8 @@ def backward(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
+    pool: Pool | None = None,
 ) -> Gradients:
     """As the reference's function of this name; x's gradient comes in its dtype, z's in dy's."""
 
@@ -136,6 +139,7 @@ def backward(
         more_weight, more_bias = reference.backward_reduce(d, x_hat, channel_dim)
         d_weight += more_weight
         d_bias += more_bias
+    pooled = (d_weight, d_bias) if count is None else pool_sums(pool, (d_weight, d_bias))
     for d, x_hat, (part, dx_out, dz_out) in terms():
         dx_out.copy_(
             reference.backward_input(
@@ -145,8 +149,7 @@ def backward(
                 count,
                 var,
                 weight,
-                d_weight,
-                d_bias,
+                *pooled,
                 eps=eps,
                 channel_dim=channel_dim,
             )

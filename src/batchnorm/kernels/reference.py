@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from batchnorm.moments import along_channel, reduced_axes
+from batchnorm.moments import Axes, Pool, along_channel, reduced_axes
 
 #: Slope of "leaky_relu" below zero; torch.nn.LeakyReLU's default.
 LEAKY_SLOPE = 0.01
@@ -46,7 +46,7 @@ def normalize(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
 ) -> Tensor:
     """y = activation(γ·x̂ + β + residual) with x̂ = (x − mean) / √(var + eps).
 
@@ -87,7 +87,7 @@ def activation_slope(d: Tensor, y: Tensor, activation: str | None) -> Tensor:
     return torch.where(y <= 0, left, d)
 
 
-def normalized(x: Tensor, mean: Tensor, var: Tensor, *, eps: float, channel_dim: int) -> Tensor:
+def normalized(x: Tensor, mean: Tensor, var: Tensor, *, eps: float, channel_dim: Axes) -> Tensor:
     """x̂ = (x − mean) / √(var + eps), in the precision of `mean`."""
     # The difference first: x·s − mean·s would cancel, and lose |mean|/σ in relative precision.
     centred = x.to(mean.dtype) - along_channel(mean, x, channel_dim)
@@ -106,7 +106,8 @@ def backward(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
+    pool: Pool | None = None,
 ) -> Gradients:
     """Gradients of `normalize`, and through the moments where they came from `x` itself.
 
@@ -125,15 +126,26 @@ def backward(
         eps: as in the forward pass.
         activation: as in the forward pass.
         channel_dim: as in the forward pass.
+        pool: where others have a share in the moments, of the sums in dx only: dγ and dβ are those
+            of the elements here.
     """
     dz, x_hat = backward_terms(
         dy, x, y, weights, mean, var, eps=eps, activation=activation, channel_dim=channel_dim
     )
-    d_weight, d_bias = backward_reduce(dz, x_hat, channel_dim)
+    sums = backward_reduce(dz, x_hat, channel_dim)
+    pooled = pool_sums(pool, sums) if count is not None else sums
     dx = backward_input(
-        dz, x_hat, weights, count, var, weight, d_weight, d_bias, eps=eps, channel_dim=channel_dim
+        dz, x_hat, weights, count, var, weight, *pooled, eps=eps, channel_dim=channel_dim
     )
-    return Gradients(dx, d_weight, d_bias, dz)
+    return Gradients(dx, *sums, dz)
+
+
+def pool_sums(pool: Pool | None, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both sums of all who share the statistics, in one exchange."""
+    if pool is None:
+        return sums
+    first, second = pool.sum(torch.stack(sums)).unbind()
+    return first, second
 
 
 def backward_terms(
@@ -146,7 +158,7 @@ def backward_terms(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
 ) -> tuple[Tensor, Tensor]:
     """Per element: dz, the gradient before the activation, and x̂."""
     dz = activation_slope(dy.to(mean.dtype), y, activation)
@@ -163,7 +175,7 @@ def backward_terms(
     return dz, torch.where(sound, x_hat, 0.0)
 
 
-def backward_reduce(dz: Tensor, x_hat: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+def backward_reduce(dz: Tensor, x_hat: Tensor, channel_dim: Axes) -> tuple[Tensor, Tensor]:
     """Per channel: dγ = Σ dz·x̂ and dβ = Σ dz."""
     axes = reduced_axes(dz, channel_dim)
     return (dz * x_hat).sum(axes), dz.sum(axes)
@@ -180,7 +192,7 @@ def backward_input(
     d_bias: Tensor,
     *,
     eps: float,
-    channel_dim: int,
+    channel_dim: Axes,
 ) -> Tensor:
     """Per element: dx = γ/√(var + eps) · (dz − w/count · (dβ + x̂·dγ))."""
     dx = dz
@@ -205,7 +217,8 @@ def tangent(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
+    pool: Pool | None = None,
 ) -> Tensor:
     """Directional derivative of y along (ẋ, γ̇, β̇, residual̇); None where a direction is zero.
 
@@ -225,8 +238,9 @@ def tangent(
                 share = torch.where(weights > 0, share, 0.0) * weights
                 lever = torch.where(weights > 0, lever, 0.0) * weights
             total = torch.where(count > 0, count, 1.0)
-            mean_dot = along_channel(share.sum(axes) / total, x, channel_dim)
-            stretch = along_channel(lever.sum(axes) / total, x, channel_dim)
+            first, second = pool_sums(pool, (share.sum(axes), lever.sum(axes)))
+            mean_dot = along_channel(first / total, x, channel_dim)
+            stretch = along_channel(second / total, x, channel_dim)
             hat_dot = x_dot - mean_dot - x_hat * stretch
         scale = inverse_std(var, eps) if weight is None else inverse_std(var, eps) * weight
         z_dot = hat_dot * along_channel(scale, x, channel_dim)

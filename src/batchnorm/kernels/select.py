@@ -16,7 +16,7 @@ from torch import Tensor
 
 from batchnorm.kernels import aten, blocked, native, reference
 from batchnorm.kernels.reference import Gradients
-from batchnorm.moments import Moments, accumulation_dtype, expand_mask
+from batchnorm.moments import Axes, Moments, Pool, accumulation_dtype, expand_mask
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,43 @@ def transformed(tensor: Tensor) -> bool:
 Forward = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str]  # mutant: a type
 
 
+def moments(x: Tensor, mask: Tensor | None, channel_dim: Axes) -> Moments:
+    """Moments of the elements of `x` that the mask counts."""
+    of = blocked.moments if blocks(x) else _moments
+    return of(x, mask, channel_dim)
+
+
+def _moments(x: Tensor, mask: Tensor | None, channel_dim: Axes) -> Moments:
+    return Moments.of(x, mask, channel_dim=channel_dim)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    eps: float,
+    activation: str | None,
+    channel_dim: Axes,
+) -> Tensor:
+    """y by these statistics."""
+    kernel = blocked.normalize if blocks(x) else reference.normalize
+    return kernel(
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        residual,
+        eps=eps,
+        activation=activation,
+        channel_dim=channel_dim,
+    )
+
+
 def forward(
     x: Tensor,
     mask: Tensor | None,
@@ -159,7 +196,7 @@ def forward(
     activation: str | None,
     channel_dim: int,
 ) -> Forward:
-    """Normalise by the moments of `x`, or by the mean and biased variance given."""
+    """Normalise by the moments of `x`, or by the mean and biased variance given, constants."""
     others = (*(given or ()), weight, bias)
     if mask is None and concrete(x) and aten.serves(x, *others, residual, channel_dim=channel_dim):
         if given is None:
@@ -173,12 +210,8 @@ def forward(
             return aten.finish(z, residual, activation), None, mean, var, None, "aten"
     count: Tensor | None = None
     if given is None:
-        moments = (
-            blocked.moments(x, mask, channel_dim)
-            if blocks(x)
-            else Moments.of(x, mask, channel_dim=channel_dim)
-        )
-        count, mean, var = moments.count, moments.mean, moments.variance()
+        found = moments(x, mask, channel_dim)
+        count, mean, var = found.count, found.mean, found.variance()
     else:
         wide = torch.promote_types(accumulation_dtype(x.device), given[0].dtype)
         mean, var = given[0].to(wide, copy=True), given[1].to(wide, copy=True)
@@ -186,8 +219,7 @@ def forward(
             z = aten.evaluate(x, *given, weight, bias, eps)
             y = aten.finish(z, residual, activation)
             return y, None, mean, var, None, "reference"
-    kernel = blocked.normalize if blocks(x) else reference.normalize
-    y = kernel(
+    y = normalize(
         x,
         mean,
         var,
@@ -215,7 +247,8 @@ def backward(
     *,
     eps: float,
     activation: str | None,
-    channel_dim: int,
+    channel_dim: Axes,
+    pool: Pool | None = None,
 ) -> Gradients:
     """Gradients of `forward`, by the backend that served it where that is right."""
     if backend == "aten":
@@ -239,4 +272,5 @@ def backward(
         eps=eps,
         activation=activation,
         channel_dim=channel_dim,
+        pool=pool,
     )

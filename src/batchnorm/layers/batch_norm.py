@@ -17,8 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
+from batchnorm.pooled import Population
+from batchnorm.renorm import Renorm, check_renorm
 from batchnorm.running import nonfinite_message
-from batchnorm.validation import Activation, check_options
+from batchnorm.sync import Group, Synchronizer, check_group, resolve
+from batchnorm.validation import Activation, check_options, check_virtual_batch_size
 
 #: The outline's names for torch's parameters.
 _ALIASES = {"gamma": "weight", "beta": "bias"}
@@ -64,6 +67,16 @@ class BatchNorm(_BatchNorm):
         channel_dim: the axis of the channels; -1 for channels-last data. Nothing is copied.
         activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function or module,
             applied after, to every element, masked ones included.
+        virtual_batch_size: in training, normalise each group of so many samples, in order, by its
+            own statistics (ghost batches, Hoffer et al. 2017). The last group may be smaller. The
+            running statistics take in all groups together, once a step; evaluation is as without.
+        renorm: in training, draw the batch's statistics toward the running ones: see `Renorm`. The
+            state dict is as without.
+        process_group: in training, share the statistics with other processes, as if one of them had
+            the batches of all in the order of ranks: a torch.distributed group, or "world" for all
+            processes (until torch.distributed is initialised, this one alone). Batches may differ
+            in size and be empty; every process must call the layer equally often, in train(). The
+            gradients of γ and β are this process's share, which DistributedDataParallel averages.
 
     Attributes:
         weight: γ, also called `gamma`.
@@ -94,6 +107,9 @@ class BatchNorm(_BatchNorm):
 
     channel_dim: int
     activation: Activation
+    virtual_batch_size: int | None
+    renorm: Renorm | None
+    process_group: Group
     _told_nonfinite: bool
 
     def __init__(
@@ -110,6 +126,9 @@ class BatchNorm(_BatchNorm):
         bias: bool = True,
         channel_dim: int = 1,
         activation: Activation = None,
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
+        process_group: Group = None,
     ) -> None:
         if (num_features is None) == (features is None):
             raise ArgumentError(
@@ -124,11 +143,23 @@ class BatchNorm(_BatchNorm):
         if dtype is not None and not dtype.is_floating_point:
             raise ArgumentError(f"expected a floating dtype, got {dtype}")
         check_options(eps, momentum, activation)
+        check_virtual_batch_size(virtual_batch_size)
+        check_renorm(renorm)
+        check_group(process_group)
+        if renorm is not None and not track_running_stats:
+            raise ArgumentError(
+                "expected track_running_stats=True with renorm, which draws the batch's statistics "
+                "toward the running ones"
+            )
         super().__init__(int(channels), eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.11 has no such argument
             self.register_parameter("bias", None)
         self.channel_dim = int(channel_dim)
         self.activation = activation
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
+        self.process_group = process_group
+        self._sync: Synchronizer | None = None
         self._told_nonfinite = False
         self._widen_statistics()
 
@@ -231,12 +262,33 @@ class BatchNorm(_BatchNorm):
             mean = var = count = None
         running = mean, var, count
         settings = self.momentum, self.eps, self.channel_dim, self.activation
-        y, refused = functional.step(x, weight, bias, residual, mask, running, from_batch, settings)
+        population = None
+        if training and (self.renorm or self.virtual_batch_size or self.process_group):
+            population = self._population()
+        y, refused = functional.step(
+            x, weight, bias, residual, mask, running, from_batch, settings, population
+        )
         if refused is not None and not self._told_nonfinite:
             self._told_nonfinite = True
             message = f"{self._location()}: {nonfinite_message(refused)}"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
         return y
+
+    def _population(self) -> Population:
+        check_virtual_batch_size(self.virtual_batch_size)
+        check_renorm(self.renorm)
+        reference = self.running_mean, self.running_var, self.num_batches_tracked
+        return Population(self.virtual_batch_size, self.renorm, self._synchronizer(), reference)
+
+    def _synchronizer(self) -> Synchronizer | None:
+        """Of the group that `process_group` now stands for."""
+        check_group(self.process_group)
+        group = resolve(self.process_group)
+        if group is None:
+            return None
+        if self._sync is None or self._sync.group is not group:
+            self._sync = Synchronizer(group)
+        return self._sync
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         before = self.running_mean, self.running_var
