@@ -91,7 +91,8 @@ class BatchNormFunction(torch.autograd.Function):
             eps=ctx.eps,
             activation=ctx.activation,
             channel_dim=ctx.channel_dim,
-            pool=ctx.pool,
+            # As all kernels: others may serve another process.
+            pool=ctx.pool if ctx.needs_input_grad[0] else None,
         )
         wanted = zip(out, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*(g.to(dtype) if needed else None for g, dtype, needed in wanted), *(None,) * 8)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.ghost import Groups
 from batchnorm.kernels import native, reference
-from batchnorm.moments import Moments, expand_mask
+from batchnorm.moments import Axes, Moments, Pool, expand_mask
 from batchnorm.running import Running, sound
 from batchnorm.validation import Activation, Settings, check_kinds
 
@@ -27,8 +28,12 @@ def step(
     running: Running,
     training: bool,
     settings: Settings,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`functional.step` by the C++ kernels, which check their own arguments; None: not served."""
+    """`functional.step` by the C++ kernels, which check their own arguments; None: not served.
+
+    With a group size, each group of so many samples is normalised by its own statistics.
+    """
     if not native.serves(x, weight, bias, residual):
         return None
     mean, var, counter = running
@@ -50,13 +55,13 @@ def step(
         check_kinds(x, mask, residual)
         if mask.requires_grad or x.dim() < 2:
             return None
-        mask = expand_mask(mask, x, channel_dim)
-        mask = mask if mask.dtype in native.MASKS else mask.double()
+        mask = _weights(mask, x, channel_dim)
     updates = training and mean is not None
     # An activation or a hook may raise, and then nothing must have changed.
     later = updates and (after is not None or native.hooked())
     if training:
         flags |= native.TRAINING | native.KEEP | (native.LATER if later else 0)
+        flags |= group_size << native.GROUP_BIT
     options = mask, mean, var, counter, share, float(eps), channel_dim, flags
     kept: list[Any] = []
     served = _differentiable(x, weight, bias, residual, options, kept)
@@ -68,15 +73,80 @@ def step(
     if not updates or mean is None or var is None:
         return y, None
     if later:
-        refused = native.update(*kept, mean, var, counter, share)
+        refused = native.update(*_of_batch(kept, mean), mean, var, counter, share)
     # The kernels change memory behind autograd's back.
     changed = (mean, var) if counter is None else (mean, var, counter)
     torch.autograd.graph.increment_version(changed)
     if not refused:
         return y, None
-    (batch_mean, batch_var), count = kept
+    batch_mean, batch_var, count = _of_batch(kept, mean)
     of_batch = Moments(batch_mean.new_tensor(count), batch_mean, batch_var * count)
     return y, ~sound(of_batch, mean, var, together=momentum is None)
+
+
+def moments(
+    x: Tensor, mask: Tensor | None, channel_dim: int, group_size: int
+) -> tuple[Tensor, Tensor, Moments] | None:
+    """Mean and biased variance of each group, and moments of the batch; None: not served.
+
+    Of what `native.serves`. In one group, they have the shape (C,).
+    """
+    mask = None if mask is None else _weights(mask, x, channel_dim)
+    flags = group_size << native.GROUP_BIT
+    statistics, count, served = native.moments(x, mask, channel_dim, flags)
+    if served == native.NOT_SERVED:
+        return None
+    channels = x.shape[channel_dim]
+    mean, var = statistics[:, -channels:]
+    total = Moments(mean.new_tensor(count), mean, var * count)
+    if statistics.shape[1] == channels:
+        return mean, var, total
+    means, variances = statistics[:, :-channels].unflatten(1, (-1, channels))
+    return means, variances, total
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: tuple[Tensor, Tensor, float],
+    settings: Settings,
+    group_size: int,
+    pool: Pool | None,
+) -> Tensor | None:
+    """y by moments in which x has its share, as others may have theirs; None: not served.
+
+    The moments, mean and biased variance of all groups and the total count, are as above; γ and β
+    have a value for each channel, or are like the mean.
+    """
+    _, eps, channel_dim, activation = settings
+    flags, after = (0, None) if activation is None else _fused(activation)
+    if flags is None or (weight is not None and bias is not None and weight.dtype != bias.dtype):
+        return None
+    weight, bias = (None if v is None else v.flatten() for v in (weight, bias))
+    mask = None if mask is None else _weights(mask, x, channel_dim)
+    mean, var, count = statistics
+    flags |= group_size << native.GROUP_BIT
+    options = mask, mean.flatten(), var.flatten(), None, 0.0, float(eps), channel_dim, flags
+    served = _differentiable(x, weight, bias, residual, options, [], (count, pool))
+    if served is None:
+        return None
+    return served[0] if after is None else after(served[0])
+
+
+def _weights(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """The mask as the operators read it."""
+    mask = expand_mask(mask, x, channel_dim)
+    return mask if mask.dtype in native.MASKS else mask.double()  # mutant: only slower without
+
+
+def _of_batch(kept: list[Any], running_mean: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, biased variance and count of the whole batch, which stand behind those of groups."""
+    statistics, count = kept
+    mean, var = statistics[:, -running_mean.shape[0] :]
+    return mean, var, count
 
 
 def _share(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:
@@ -100,10 +170,12 @@ def _differentiable(
     residual: Tensor | None,
     options: tuple[Any, ...],
     kept: list[Any],
+    moments: tuple[Any, ...] = (),
 ) -> tuple[Tensor, int] | None:
     """`NativeFunction`, or its kernels alone where nobody asks for gradients; None: not served.
 
     `kept` gets the statistics (in evaluation, only where gradients are recorded) and their count.
+    `moments` says that those given are moments: a count, and the others with a share in them.
     """
     try:
         if torch.is_grad_enabled() and (
@@ -114,7 +186,7 @@ def _differentiable(
         ):
             if not native.saves(x, weight, bias, options[0]):
                 return None
-            y, refused = _apply(x, weight, bias, residual, (*options, kept))
+            y, refused = _apply(x, weight, bias, residual, (*options, kept, *moments))
             return y, refused
         y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
     except (_NotServedError, NotImplementedError):
@@ -133,7 +205,8 @@ class NativeFunction(torch.autograd.Function):
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
     (with a channel axis of size 1), running mean and variance, counter, momentum, eps, channel
-    axis, and flags; then a list that gets the statistics and their count.
+    axis, and flags; then a list that gets the statistics and their count. With what `normalize`
+    adds, a count and the others that have a share in the statistics, mean and variance are moments.
     """
 
     @staticmethod
@@ -145,7 +218,7 @@ class NativeFunction(torch.autograd.Function):
         residual: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, int]:
-        mask, mean, var, counter, momentum, eps, channel_dim, flags, kept = options
+        mask, mean, var, counter, momentum, eps, channel_dim, flags, kept, *moments = options
         y, statistics, count, refused = native.forward(
             *(x, weight, bias, residual, mask, mean, var, counter, momentum, eps, channel_dim),
             flags | native.KEEP,
@@ -155,8 +228,13 @@ class NativeFunction(torch.autograd.Function):
         kept += (statistics, count)
         ctx.set_materialize_grads(False)
         ctx.backend = "native"
+        if moments:
+            flags |= native.TRAINING
+            count, ctx.pool = moments
+        else:
+            ctx.pool = None
         activation = flags & native.ACTIVATION
-        ctx.flags = flags & (native.ACTIVATION | native.TRAINING)
+        ctx.flags = flags & (native.ACTIVATION | native.TRAINING | -1 << native.GROUP_BIT)
         ctx.options = count, eps, channel_dim
         ctx.bias_dtype = None if bias is None else bias.dtype
         # z's sign is computed again from x; with a residual, which is not kept, it is told from y.
@@ -187,9 +265,12 @@ class NativeFunction(torch.autograd.Function):
             if needs[3]:
                 flags |= native.WANT_RESIDUAL
             try:
-                dx, dz, d_weight, d_bias, served = native.backward(
-                    dy, x, y, statistics, weight, bias, mask, None, *ctx.options, flags
-                )
+                tensors = dy, x, y, statistics, weight, bias, mask
+                if ctx.pool is None or not needs[0]:
+                    gradients = native.backward(*tensors, None, *ctx.options, flags)
+                else:
+                    gradients = _shared_backward(tensors, ctx.options, flags, ctx.pool)
+                dx, dz, d_weight, d_bias, served = gradients
             except NotImplementedError:
                 # A hook has brought back tensors of another kind than were saved.
                 served = native.NOT_SERVED
@@ -199,6 +280,24 @@ class NativeFunction(torch.autograd.Function):
         if needs[3] and dz is None:
             dz = dy
         return dx, d_weight if needs[1] else None, d_bias if needs[2] else None, dz, None
+
+
+def _shared_backward(
+    tensors: tuple[Any, ...], options: tuple[float, float, int], flags: int, pool: Pool
+) -> tuple[Any, ...]:
+    """The operator's gradients where others have a share in the moments: by the sums of all."""
+    sums, served = native.backward_reduce(*tensors, *options[1:], flags)
+    if served == native.NOT_SERVED:
+        return None, None, None, None, served
+    pooled = pool.sum(sums)
+    flags &= ~native.WANT_PARAMETERS
+    dx, dz, _, _, served = native.backward(*tensors, pooled, *options, flags)
+    # Those of γ and β are of the elements here.
+    d_bias, d_weight = sums.unbind()
+    for parameter in tensors[4:6]:  # of one dtype
+        if parameter is not None:
+            d_weight, d_bias = d_weight.to(parameter.dtype), d_bias.to(parameter.dtype)
+    return dx, dz, d_weight, d_bias, served
 
 
 # torch's own `apply`, a Python function, asks whether a torch.func transform is running or has left
@@ -211,40 +310,35 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     x, weight, bias, y, mask, statistics = ctx.saved_tensors
     _, eps, channel_dim = ctx.options
     activation = native.ACTIVATION_NAMES[ctx.flags & native.ACTIVATION]
-    mean, var = statistics
-    total = None
-    weights = None if mask is None else mask.to(mean.dtype)
-    if ctx.flags & native.TRAINING:
-        moments = Moments.of(
-            x, None if mask is None else mask.squeeze(channel_dim), channel_dim=channel_dim
+    dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
+    sizes = [x.shape[channel_dim] if v is None else len(v) for v in (weight, bias)]
+    groups = None
+    axes: Axes = channel_dim
+    mask = None if mask is None else mask.squeeze(channel_dim)
+    if size := ctx.flags >> native.GROUP_BIT:
+        groups = Groups.of(x, size, channel_dim)
+        axes, mask = groups.axes, groups.cut_mask(mask, x)
+        x, dy = groups.cut(x), groups.cut(dy)
+        y = None if y is None else groups.cut(y)
+        weight, bias = (
+            None if v is None else groups.spread(v, x.shape[groups.axes[1]]) for v in (weight, bias)
         )
+    if ctx.flags & native.TRAINING:
+        moments = Moments.of(x, mask, channel_dim=axes)
+        if ctx.pool is not None:
+            moments, _ = ctx.pool.merge(moments)
         mean, var, total = moments.mean, moments.variance(), moments.count
+    else:
+        (mean, var), total = statistics, None
+    options: Any = {"eps": eps, "activation": activation, "channel_dim": axes}
     if activation is not None and y is None:
         with torch.no_grad():
-            y = reference.normalize(
-                x,
-                mean,
-                var,
-                weight,
-                bias,
-                None,
-                eps=eps,
-                activation=activation,
-                channel_dim=channel_dim,
-            )
-    out = reference.backward(
-        dy,
-        x,
-        y,
-        weights,
-        total,
-        mean,
-        var,
-        weight,
-        eps=eps,
-        activation=activation,
-        channel_dim=channel_dim,
-    )
-    dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
-    wanted = (out.x, out.weight, out.bias, out.z)
+            y = reference.normalize(x, mean, var, weight, bias, None, **options)
+    weights = None if mask is None else expand_mask(mask, x, axes).to(mean.dtype)
+    pool = ctx.pool if ctx.needs_input_grad[0] else None
+    out = reference.backward(dy, x, y, weights, total, mean, var, weight, pool=pool, **options)
+    wanted = list(out)
+    if groups is not None:
+        parameters = map(groups.gather, out[1:3], sizes)
+        wanted = [groups.join(out.x), *parameters, groups.join(out.z)]
     return tuple(g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True))

@@ -233,8 +233,13 @@ def step(
     Returns:
         y; and which channels refused the batch, where it is known that some did.
     """
-    if population is None or not training:
-        served = autograd_native.step(x, weight, bias, residual, mask, running, training, settings)
+    if not training:
+        population = None
+    size = 0 if population is None else population.groups_only()
+    if size is not None:
+        served = autograd_native.step(
+            x, weight, bias, residual, mask, running, training, settings, size
+        )
         if served is not None:
             return served
     mean, var, counter = running

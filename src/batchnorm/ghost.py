@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.moments import Axes, expand_mask
+from batchnorm.moments import expand_mask
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Groups:
         return self.lead, self.number * self.size - self.lead - self.samples
 
     @property
-    def axes(self) -> Axes:
+    def axes(self) -> tuple[int, int]:
         """The axes of groups and channels in what `cut` gives."""
         return 0, max(self.channel_dim, 1) + 1
 
@@ -77,6 +77,15 @@ class Groups:
         if any(self.padding):
             values = values.narrow(0, self.lead, self.samples)
         return values if self.channel_dim else values.movedim(0, 1)
+
+    def spread(self, values: Tensor, channels: int) -> Tensor:
+        """(groups, C) from a vector with a value for each channel, or for each of each group."""
+        return values.reshape(-1, channels).expand(self.number, channels)
+
+    @staticmethod
+    def gather(gradient: Tensor, size: int) -> Tensor:
+        """The gradient of a vector of that size, from that of its `spread`."""
+        return gradient.flatten() if size == gradient.numel() else gradient.sum(0)
 
     def _split(self, values: Tensor, filling: float) -> Tensor:
         """(groups, samples of one, …) from a tensor with samples on its first axis."""

@@ -9,19 +9,21 @@ residual, because each is one step of the same way:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from batchnorm import autograd_native
 from batchnorm.autograd import function
 from batchnorm.ghost import Groups
-from batchnorm.kernels import select
-from batchnorm.moments import Moments, Pool
+from batchnorm.kernels import native, select
+from batchnorm.moments import Axes, Moments, Pool
 from batchnorm.renorm import Renorm
 from batchnorm.running import Running
 from batchnorm.sync import SyncedGroups, Synchronizer, header_of
 from batchnorm.validation import (
+    Activation,
     Settings,
     check_count,
     check_group_counts,
@@ -48,6 +50,11 @@ class Population(NamedTuple):
     sync: Synchronizer | None = None
     reference: Running = (None, None, None)
 
+    def groups_only(self) -> int | None:
+        """Samples in a group, if that is all."""
+        alone = self.renorm is None and self.sync is None
+        return self.virtual_batch_size if alone else None
+
 
 def normalize(
     x: Tensor,
@@ -68,26 +75,45 @@ def normalize(
     momentum, eps, channel_dim, activation = settings
     size, renorm, sync, reference = population
     check_options(eps, momentum, activation)
-    mean, var, counter = reference
+    mean, var, _ = reference
     values = check_tensors(x, mean, var, weight, bias, True, mask, residual, channel_dim)
     if renorm is not None:
         check_running_given(mean, var)
     if sync is None:
         check_count(values, x, mask, channel_dim)
-    elif mask is not None and select.concrete(mask):
-        check_weights(mask)
+        header: tuple[int, ...] = ()
+    else:
+        if mask is not None and select.concrete(mask):
+            check_weights(mask)
+        sync.agree(x, channel_dim, virtual_batch_size=size or 0, renorm=int(renorm is not None))
+        header = header_of(x)
+    if native.serves(x, weight, bias, residual) and (size is None or sync is None):
+        served = _by_native(x, weight, bias, residual, mask, settings, population, header)
+        if served is not None:
+            return served
+    return _by_reference(x, weight, bias, residual, mask, settings, population, header)
+
+
+def _by_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+    population: Population,
+    header: tuple[int, ...],
+) -> tuple[Tensor, Moments | None]:
+    """The same on any device, under any transform."""
+    _, eps, channel_dim, activation = settings
+    size, _, sync, _ = population
     groups: Groups | None = None
     pool: Pool | None = sync
-    header = () if sync is None else header_of(x)
-    if sync is not None:
-        sync.agree(x, channel_dim, virtual_batch_size=size or 0, renorm=int(renorm is not None))
-    if size is not None and sync is not None:
-        pool = synced = SyncedGroups(sync, x, channel_dim, size)
-        groups = Groups.of(x, size, channel_dim, synced.lead)
-    elif size is not None:
-        groups = Groups.of(x, size, channel_dim)
-    axes: Any = channel_dim
-    if groups is not None:
+    axes: Axes = channel_dim
+    if size is not None:
+        synced = None if sync is None else SyncedGroups(sync, x, channel_dim, size)
+        pool = synced
+        groups = Groups.of(x, size, channel_dim, None if synced is None else synced.lead)
         mask, axes = groups.cut_mask(mask, x), groups.axes
         x, residual = groups.cut(x), None if residual is None else groups.cut(residual)
     with torch.no_grad():
@@ -96,13 +122,11 @@ def normalize(
             moments, total = pool.merge(moments, header)
         elif groups is not None:
             total = moments.over_groups()
-        empty = _check_counts(moments, total, sync, groups)
-    weight, bias = _affine(moments, weight, bias, eps, renorm, reference)
-    fused = activation if isinstance(activation, str) else None
-    y, *_ = function()(
-        *(x, weight, bias, residual, mask),
-        *(moments.count, moments.mean, moments.variance(), eps, fused, axes, pool),
-    )
+        if groups is not None and select.concrete(moments.count):
+            check_group_counts(moments.count.flatten())
+        empty = sync is not None and _empty(total)
+    weight, bias = _affine(moments.mean, moments.variance(), weight, bias, eps, population)
+    y = _by_function(x, weight, bias, residual, mask, moments, eps, activation, axes, pool)
     if groups is not None:
         y = groups.join(y)
     if callable(activation):
@@ -110,38 +134,94 @@ def normalize(
     return y, None if empty else total
 
 
-def _check_counts(
-    moments: Moments, total: Moments, sync: Synchronizer | None, groups: Groups | None
-) -> bool:
-    """Refuse too few values; whether there are none at all, where that can be told."""
+def _by_native(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+    population: Population,
+    header: tuple[int, ...],
+) -> tuple[Tensor, Moments | None] | None:
+    """The same by the C++ kernels; None: not served."""
+    _, eps, channel_dim, activation = settings
+    size, _, sync, _ = population
+    found = autograd_native.moments(x, mask, channel_dim, size or 0)
+    if found is None:
+        return None
+    mean, var, total = found
+    if sync is not None:
+        total, _ = sync.merge(total, header)
+        _empty(total)
+        mean, var = total.mean, total.variance()
+    weight, bias = _affine(mean, var, weight, bias, eps, population)
+    statistics = mean, var, total.count.item()
+    y = autograd_native.normalize(
+        *(x, weight, bias, residual, mask, statistics, settings, size or 0, sync)
+    )
+    if y is None and sync is None:
+        return None
+    if y is None:
+        # The others will not merge once more.
+        y = _by_function(
+            *(x, weight, bias, residual, mask, total, eps, activation, channel_dim, sync)
+        )
+        y = activation(y) if callable(activation) else y
+    return y, total
+
+
+def _by_function(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    moments: Moments,
+    eps: float,
+    activation: Activation,
+    axes: Axes,
+    pool: Pool | None,
+) -> Tensor:
+    """y by these moments, before an activation that is a function."""
+    fused = activation if isinstance(activation, str) else None
+    # Each group's gradient comes back by itself; autograd adds them.
+    shape = moments.mean.shape
+    weight, bias = (None if v is None else v.expand(shape) for v in (weight, bias))
+    y: Tensor = function()(
+        *(x, weight, bias, residual, mask),
+        *(moments.count, moments.mean, moments.variance(), eps, fused, axes, pool),
+    )[0]
+    return y
+
+
+def _empty(total: Moments) -> bool:
+    """Whether no process has anything that counts, where that can be told.
+
+    Raises:
+        InputError: there is too little.
+    """
     if not select.concrete(total.count):
         return False
     count = total.count.item()
-    if sync is not None:
-        check_shared_count(count)
-    if groups is not None:
-        check_group_counts(moments.count.flatten())
+    check_shared_count(count)
     return count == 0
 
 
 def _affine(
-    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    renorm: Renorm | None,
-    reference: Running,
+    population: Population,
 ) -> tuple[Tensor | None, Tensor | None]:
     """γ and β of each group: γ·(x̂·r + d) + β is (γ·r)·x̂ + (γ·d + β)."""
-    mean, var, counter = reference
-    if renorm is not None and mean is not None and var is not None:
-        with torch.no_grad():
-            r, d = renorm.correction(moments, mean, var, counter, eps)
-        shift = d if weight is None else weight * d
-        return r if weight is None else weight * r, shift if bias is None else shift + bias
-    # Each group's gradient comes back by itself; autograd adds them.
-    shape = moments.mean.shape
-    return (
-        None if weight is None else weight.expand(shape),
-        None if bias is None else bias.expand(shape),
-    )
+    running_mean, running_var, counter = population.reference
+    renorm = population.renorm
+    if renorm is None or running_mean is None or running_var is None:
+        return weight, bias
+    with torch.no_grad():
+        r, d = renorm.correction(mean, var, running_mean, running_var, counter, eps)
+    shift = d if weight is None else weight * d
+    return r if weight is None else weight * r, shift if bias is None else shift + bias

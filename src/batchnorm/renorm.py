@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError
-from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.moments import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,19 @@ class Renorm:
 
     def correction(
         self,
-        moments: Moments,
+        mean: Tensor,
+        var: Tensor,
         running_mean: Tensor,
         running_var: Tensor,
         step: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """r and d, of the shape of the moments, in their precision."""
+        """r and d for these means and biased variances, of their shape and precision."""
         limits = self.limits(step)
-        r_max, d_max = (torch.as_tensor(limit, device=moments.mean.device) for limit in limits)
-        inverse = torch.rsqrt(running_var.to(moments.mean.dtype) + eps)
-        r = (moments.variance() + eps).sqrt() * inverse
-        d = (moments.mean - running_mean) * inverse
+        r_max, d_max = (torch.as_tensor(limit, device=mean.device) for limit in limits)
+        inverse = torch.rsqrt(running_var.to(mean.dtype) + eps)
+        r = (var + eps).sqrt() * inverse
+        d = (mean - running_mean) * inverse
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
 

@@ -144,7 +144,8 @@ def pool_sums(pool: Pool | None, sums: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     """Both sums of all who share the statistics, in one exchange."""
     if pool is None:
         return sums
-    first, second = pool.sum(torch.stack(sums)).unbind()
+    # In the order that all kernels send them: another process may have others.
+    second, first = pool.sum(torch.stack(sums[::-1])).unbind()
     return first, second
 
 

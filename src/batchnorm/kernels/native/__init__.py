@@ -30,6 +30,10 @@ TRAINING, LATER, KEEP = 4, 8, 16
 #: And backward, after `TRAINING`:
 WANT_X, WANT_RESIDUAL, WANT_PARAMETERS = 8, 16, 32
 
+#: From this bit on, in both: samples in a group that has its own statistics, 0 for all in one. The
+#: statistics are then each group's, one after the other, and those of all groups together behind.
+GROUP_BIT = 8
+
 #: What the operators call a plain average over all batches.
 PLAIN_AVERAGE = -1.0
 

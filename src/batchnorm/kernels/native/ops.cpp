@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "groups.h"
 #include "masks.h"
 #include "resources.h"
 #include "running.h"
@@ -40,11 +41,19 @@ enum Flags : int64_t {
   kWantParameters = 32,
 };
 
+// From this bit on: samples in a group that has its own statistics, 0 for all in one.
+constexpr int kGroupBit = 8;
+
 constexpr double kLeakySlope = 0.01;  // torch.nn.LeakyReLU's default, as in reference.py
 
-Tensor statistics_of(int64_t channels) {
-  const int64_t sizes[] = {2, channels}, strides[] = {channels, 1};
+Tensor rows_of_doubles(int64_t columns) {
+  const int64_t sizes[] = {2, columns}, strides[] = {columns, 1};
   return empty(2, sizes, strides, Dtype::kDouble);
+}
+
+bool is_pair(const Tensor& t, int64_t columns) {
+  return t.is_cpu() && t.dim() == 2 && t.size(0) == 2 && t.size(1) == columns &&
+         t.is_contiguous() && dtype_of(t) == Dtype::kDouble;
 }
 
 // What every operator reads: x in an order of memory that the kernels take, and the mask in the same.
@@ -55,13 +64,17 @@ struct Operands {
   Mask mask;
   const void* mask_data = nullptr;
   double count = 0;  // total weight
+  Groups groups;
 
   explicit Operands(const Tensor& given) : x(given), dtype(dtype_of(given)) {}
 
   int64_t channels() const { return layout.shape.channels; }
 
+  // Values in a row of statistics: those of each group and, if there are several, of all together.
+  int64_t values() const { return (groups.number + (groups.number > 1)) * channels(); }
+
   // False if they cannot be served.
-  bool read(int64_t channel, const Optional& weights) {
+  bool read(int64_t channel, const Optional& weights, int64_t flags) {
     const int64_t rank = x.dim();
     if (!x.is_cpu() || rank < 2 || rank > kMostAxes || channel < -rank || channel >= rank ||
         x.numel() == 0 || dtype == Dtype::kOther)
@@ -71,7 +84,19 @@ struct Operands {
       x = torch::stable::clone(x);
       if (!layout_of(x, channel, layout)) return false;
     }
-    return mask.read(x, layout, dtype, weights, &mask_data, count);
+    if (!mask.read(x, layout, dtype, weights, &mask_data, count) ||
+        !groups.cut(x, channel, flags >> kGroupBit, layout))
+      return false;
+    groups.weigh(layout.shape, dtype, mask_data);
+    return true;
+  }
+
+  // False if what the mask counts says nothing of a variance.
+  bool enough() const {
+    if (!mask.sound || count < kMinCount) return false;
+    for (const double weight : groups.counts)
+      if (weight < kMinCount) return false;
+    return true;
   }
 
   int64_t bytes() const { return x.numel() * size_of(dtype); }
@@ -92,27 +117,71 @@ struct Operands {
   }
 };
 
-// γ and β as doubles; 1 and 0 where there is none.
+// γ and β as doubles; 1 and 0 where there is none. Of all groups, or each group's own.
 struct Parameters {
+  int64_t channels, gammas, betas;
   Doubles values;
   double* gamma;
   double* beta;
 
   Parameters(const Optional& weight, const Optional& bias, int64_t channels)
-      : values(2 * channels), gamma(values.data), beta(gamma + channels) {
+      : channels(channels), gammas(weight ? weight->numel() : channels),
+        betas(bias ? bias->numel() : channels), values(gammas + betas), gamma(values.data),
+        beta(gamma + gammas) {
     if (weight) read_vector(*weight, gamma);
     else std::fill_n(gamma, channels, 1.0);
     if (bias) read_vector(*bias, beta);
     else std::fill_n(beta, channels, 0.0);
   }
 
+  const double* gamma_of(int64_t group) const {
+    return gamma + (gammas == channels ? 0 : group * channels);
+  }
+  const double* beta_of(int64_t group) const {
+    return beta + (betas == channels ? 0 : group * channels);
+  }
+
+  static bool fits(const Optional& vector, int64_t channels, int64_t groups) {
+    return !vector || is_vector(*vector, channels) || is_vector(*vector, groups * channels);
+  }
   static bool fit(const Optional& weight, const Optional& bias, double eps, int64_t flags,
-                  int64_t channels) {
+                  const Operands& of) {
     return eps > 0 && eps < std::numeric_limits<double>::infinity() &&
            (flags & kActivation) <= batchnorm::kLeakyRelu &&
-           (!weight || is_vector(*weight, channels)) && (!bias || is_vector(*bias, channels));
+           fits(weight, of.channels(), of.groups.number) &&
+           fits(bias, of.channels(), of.groups.number);
   }
 };
+
+// Calls one(call, group) with the part of `call` that is each group's, on a thread of its own where
+// there are enough of them.
+template <class Call, class One>
+void each_group(const Operands& of, const Call& whole, const One& one) {
+  const Groups& groups = of.groups;
+  if (groups.number == 1) return one(whole, 0, 0);
+  const bool shared = whole.parts > 1 && groups.number >= whole.parts;
+  const int64_t bytes = size_of(of.dtype), weight_bytes = of.dtype == Dtype::kDouble ? 8 : 4;
+  const auto run = [&](int64_t group) {
+    Call call = whole;
+    const Shape& shape = of.layout.shape;
+    const int64_t first = group * groups.rows;
+    call.shape.outer = smaller_of(groups.rows, shape.outer - first);
+    const int64_t at = first * shape.channels * shape.inner * bytes;
+    call.x = (const char*)call.x + at;
+    if (call.mask) call.mask = (const char*)call.mask + first * shape.inner * weight_bytes;
+    call.count = groups.counts[group];
+    if (shared || whole.parts == 1) call.parts = 1;
+    else call.parts = parts_for(call.shape.outer * shape.channels * shape.inner);
+    one(call, group, at);
+  };
+  if (!shared) {
+    for (int64_t group = 0; group < groups.number; ++group) run(group);
+    return;
+  }
+  torch::stable::parallel_for(0, groups.number, 1, [&](int64_t from, int64_t to) {
+    for (int64_t group = from; group < to; ++group) run(group);
+  });
+}
 
 // --- forward -------------------------------------------------------------------------------------
 
@@ -138,66 +207,81 @@ Served forward(Tensor given, Optional weight, Optional bias, Optional residual, 
   const bool training = flags & kTraining;
   Operands of(given);
   // In evaluation nothing depends on it.
-  if (!of.read(channel, training ? mask : std::nullopt)) return not_served;
-  const int64_t channels = of.channels();
-  if (!Parameters::fit(weight, bias, eps, flags, channels) ||
-      !fits_running(running_mean, running_var, counter, momentum, training, channels) ||
-      (residual && !of.alike(*residual)) ||
-      (training && (!of.mask.sound || of.count < kMinCount)))
+  if (!of.read(channel, training ? mask : std::nullopt, flags)) return not_served;
+  const int64_t channels = of.channels(), groups = of.groups.number, own = groups * channels;
+  if (!Parameters::fit(weight, bias, eps, flags, of) ||
+      !fits_running(running_mean, running_var, counter, momentum, training,
+                    training ? channels : own) ||
+      (residual && !of.alike(*residual)) || (training && !of.enough()))
     return not_served;
 
   const Tensor y = output_like(of.x);
+  const int64_t values = of.values();
   Optional statistics;
-  if (flags & kKeep) statistics = statistics_of(channels);
-  const Doubles unkept(statistics ? 0 : 2 * channels);
+  if (flags & kKeep) statistics = rows_of_doubles(values);
+  const Doubles unkept(statistics ? 0 : 2 * values);
   double* mean = statistics ? (double*)statistics->mutable_data_ptr() : unkept.data;
-  double* var = mean + channels;
+  double* var = mean + values;
   if (!training) read_vector(*running_mean, mean), read_vector(*running_var, var);
   const Tensor added = residual ? arranged_like(*residual, of.x) : of.x;
   const Parameters parameters(weight, bias, channels);
 
-  batchnorm::Forward call{};
-  of.describe(call, residual ? 3 : 2, training);
-  call.residual = residual ? added.const_data_ptr() : nullptr;
-  call.y = y.mutable_data_ptr();
-  call.count = of.count;
-  call.mean = mean;
-  call.var = var;
-  call.gamma = parameters.gamma;
-  call.beta = parameters.beta;
-  call.eps = eps;
-  call.activation = batchnorm::Activation(flags & kActivation);
-  call.training = training;
-  batchnorm::kernels().forward(of.dtype, call);
+  batchnorm::Forward whole{};
+  of.describe(whole, residual ? 3 : 2, training);
+  whole.residual = residual ? added.const_data_ptr() : nullptr;
+  whole.y = y.mutable_data_ptr();
+  whole.count = of.count;
+  whole.eps = eps;
+  whole.activation = batchnorm::Activation(flags & kActivation);
+  whole.training = training;
+  each_group(of, whole, [&](batchnorm::Forward call, int64_t group, int64_t at) {
+    if (call.residual) call.residual = (const char*)call.residual + at;
+    call.y = (char*)call.y + at;
+    call.mean = mean + group * channels;
+    call.var = var + group * channels;
+    call.gamma = parameters.gamma_of(group);
+    call.beta = parameters.beta_of(group);
+    batchnorm::kernels().forward(of.dtype, call);
+  });
 
+  if (training && groups > 1) of.groups.pool(mean, var, channels);
+  const double* batch_mean = mean + values - channels;
+  const double* batch_var = var + values - channels;
   const bool updates = training && running_mean && !(flags & kLater);
   return {y, statistics, of.count,
-          updates ? take_in(mean, var, of.count, *running_mean, *running_var, counter, momentum)
+          updates ? take_in(batch_mean, batch_var, of.count, *running_mean, *running_var, counter,
+                            momentum)
                   : 0};
 }
 
-int64_t update(Tensor statistics, double count, Tensor running_mean, Tensor running_var,
+// `statistics`: a mean and a biased variance for each channel.
+int64_t update(Tensor mean, Tensor var, double count, Tensor running_mean, Tensor running_var,
                Optional counter, double momentum) {
-  const double* mean = (const double*)statistics.const_data_ptr();
-  return take_in(mean, mean + statistics.size(1), count, running_mean, running_var, counter,
-                 momentum);
+  return take_in((const double*)mean.const_data_ptr(), (const double*)var.const_data_ptr(), count,
+                 running_mean, running_var, counter, momentum);
 }
 
 // The statistics alone, and the total weight behind them.
-std::tuple<Optional, double, int64_t> moments(Tensor given, Optional mask, int64_t channel) {
+std::tuple<Optional, double, int64_t> moments(Tensor given, Optional mask, int64_t channel,
+                                              int64_t flags) {
   Operands of(given);
-  if (!of.read(channel, mask) || !of.mask.sound || !(of.count > 0))
-    return {std::nullopt, 0.0, kNotServed};
-  const int64_t channels = of.channels();
-  const Tensor statistics = statistics_of(channels);
+  if (!of.read(channel, mask, flags) || !of.mask.sound || !(of.count > 0)) return {std::nullopt, 0.0, kNotServed};
+  if (of.groups.number > 1 && !of.enough()) return {std::nullopt, 0.0, kNotServed};
+  const int64_t channels = of.channels(), values = of.values();
+  const Tensor statistics = rows_of_doubles(values);
+  double* mean = (double*)statistics.mutable_data_ptr();
+  double* var = mean + values;
 
-  batchnorm::Forward call{};
-  of.describe(call, 1, false);
-  call.count = of.count;
-  call.mean = (double*)statistics.mutable_data_ptr();
-  call.var = call.mean + channels;
-  call.training = true;
-  batchnorm::kernels().forward(of.dtype, call);
+  batchnorm::Forward whole{};
+  of.describe(whole, 1, false);
+  whole.count = of.count;
+  whole.training = true;
+  each_group(of, whole, [&](batchnorm::Forward call, int64_t group, int64_t) {
+    call.mean = mean + group * channels;
+    call.var = var + group * channels;
+    batchnorm::kernels().forward(of.dtype, call);
+  });
+  if (of.groups.number > 1) of.groups.pool(mean, var, channels);
   return {statistics, of.count, 0};
 }
 
@@ -207,29 +291,26 @@ std::tuple<Optional, double, int64_t> moments(Tensor given, Optional mask, int64
 struct Back {
   Operands of;
   Tensor dy, side;
+  int64_t own;  // values of all groups
   Doubles sums;
+  const double* mean;
   Parameters parameters;
   batchnorm::Backward call{};
-
-  // Two rows of doubles, one value a channel.
-  static bool is_pair(const Tensor& t, int64_t channels) {
-    return t.is_cpu() && t.dim() == 2 && t.size(0) == 2 && t.size(1) == channels &&
-           t.is_contiguous() && dtype_of(t) == Dtype::kDouble;
-  }
 
   // Reads x and the mask; false if they, or what comes with them, cannot be served.
   static bool fit(Operands& of, int64_t channel, const Optional& mask, const Tensor& dy,
                   const Optional& y, const Tensor& statistics, const Optional& weight,
                   const Optional& bias, double eps, int64_t flags) {
-    return of.read(channel, mask) && Parameters::fit(weight, bias, eps, flags, of.channels()) &&
-           of.alike(dy) && (!y || of.alike(*y)) && is_pair(statistics, of.channels());
+    return of.read(channel, mask, flags) && Parameters::fit(weight, bias, eps, flags, of) &&
+           of.alike(dy) && (!y || of.alike(*y)) && is_pair(statistics, of.values());
   }
 
   Back(Operands operands, const Tensor& given_dy, const Optional& y, const Tensor& statistics,
        const Optional& weight, const Optional& bias, const Optional& given_sums, double count,
        double eps, int64_t flags, bool writes_residual)
       : of(std::move(operands)), dy(arranged_like(given_dy, of.x)),
-        side(y ? arranged_like(*y, of.x) : of.x), sums(2 * of.channels()),
+        side(y ? arranged_like(*y, of.x) : of.x), own(of.groups.number * of.channels()),
+        sums(2 * own), mean((const double*)statistics.const_data_ptr()),
         parameters(weight, bias, of.channels()) {
     const bool sums_wanted = flags & (kTraining | kWantParameters);
     const int tensors = 2 + bool(y) + bool(flags & kWantX) + writes_residual;
@@ -242,19 +323,41 @@ struct Back {
     call.dy = dy.const_data_ptr();
     call.y = y ? side.const_data_ptr() : nullptr;
     call.count = count;
-    call.mean = (const double*)statistics.const_data_ptr();
-    call.var = call.mean + of.channels();
-    call.gamma = parameters.gamma;
-    call.beta = parameters.beta;
     call.eps = eps;
     call.activation = batchnorm::Activation(flags & kActivation);
     call.training = flags & kTraining;
-    call.dbeta = sums.data;
-    call.dgamma = sums.data + of.channels();
     if (given_sums)
-      std::copy_n((const double*)given_sums->const_data_ptr(), 2 * of.channels(), sums.data);
+      std::copy_n((const double*)given_sums->const_data_ptr(), 2 * own, sums.data);
     else
-      std::fill_n(sums.data, 2 * of.channels(), 0.0);
+      std::fill_n(sums.data, 2 * own, 0.0);
+  }
+
+  void run() {
+    const int64_t channels = of.channels();
+    each_group(of, call, [&](batchnorm::Backward part, int64_t group, int64_t at) {
+      const int64_t values = group * channels;
+      part.dy = (const char*)part.dy + at;
+      if (part.y) part.y = (const char*)part.y + at;
+      if (part.dx) part.dx = (char*)part.dx + at;
+      if (part.dresidual) part.dresidual = (char*)part.dresidual + at;
+      part.mean = mean + values;
+      part.var = mean + of.values() + values;
+      part.gamma = parameters.gamma_of(group);
+      part.beta = parameters.beta_of(group);
+      part.dbeta = sums.data + values;
+      part.dgamma = sums.data + own + values;
+      batchnorm::kernels().backward(of.dtype, part);
+    });
+  }
+
+  // The gradient of a parameter that has `size` values: each group's, or their sum.
+  void write(const Tensor& to, const double* from) const {
+    if (to.numel() == own) return write_vector(to, from);
+    const int64_t channels = of.channels();
+    const Doubles total(channels);
+    std::copy_n(from, channels, total.data);
+    for (int64_t k = channels; k < own; ++k) total.data[k % channels] += from[k];
+    write_vector(to, total.data);
   }
   Back(const Back&) = delete;
 };
@@ -267,10 +370,10 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   const Gradients not_served = {std::nullopt, std::nullopt, std::nullopt, std::nullopt, kNotServed};
   Operands of(x);
   if (!Back::fit(of, channel, mask, dy, y, statistics, weight, bias, eps, flags)) return not_served;
-  const int64_t channels = of.channels();
   // There is a residual, so y tells the activation's side.
   if ((flags & kWantResidual) && (flags & kActivation) && !y) return not_served;
-  if (sums && !Back::is_pair(*sums, channels)) return not_served;
+  const int64_t channels = of.channels();
+  if (sums && !is_pair(*sums, of.groups.number * channels)) return not_served;
 
   // Without an activation or a mask it is dy itself.
   const bool writes_residual = (flags & kWantResidual) && ((flags & kActivation) || mask);
@@ -282,15 +385,15 @@ Gradients backward(Tensor dy, Tensor x, Optional y, Tensor statistics, Optional 
   if (writes_residual) dresidual = output_like(back.of.x);
   call.dx = dx ? dx->mutable_data_ptr() : nullptr;
   call.dresidual = dresidual ? dresidual->mutable_data_ptr() : nullptr;
-  batchnorm::kernels().backward(back.of.dtype, call);
+  back.run();
 
   if (flags & kWantParameters) {
     const int64_t step = 1;
     const Dtype as = weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : Dtype::kDouble;
-    dweight = empty(1, &channels, &step, as);
-    dbias = empty(1, &channels, &step, as);
-    write_vector(*dweight, call.dgamma);
-    write_vector(*dbias, call.dbeta);
+    dweight = empty(1, &back.parameters.gammas, &step, as);
+    dbias = empty(1, &back.parameters.betas, &step, as);
+    back.write(*dweight, back.sums.data + back.own);
+    back.write(*dbias, back.sums.data);
   }
   return {dx, dresidual, dweight, dbias, 0};
 }
@@ -303,10 +406,11 @@ std::tuple<Optional, int64_t> backward_reduce(Tensor dy, Tensor x, Optional y, T
   if (!Back::fit(of, channel, mask, dy, y, statistics, weight, bias, eps, flags))
     return {std::nullopt, kNotServed};
   const double count = of.count;
-  const int64_t wanted = (flags & (kActivation | kTraining)) | kWantParameters;
+  const int64_t wanted = (flags & (kActivation | kTraining)) | kWantParameters |
+                         (flags >> kGroupBit << kGroupBit);
   Back back(std::move(of), dy, y, statistics, weight, bias, std::nullopt, count, eps, wanted, false);
-  batchnorm::kernels().backward(back.of.dtype, back.call);
-  const Tensor sums = statistics_of(back.of.channels());
+  back.run();
+  const Tensor sums = rows_of_doubles(back.own);
   std::copy_n(back.sums.data, sums.numel(), (double*)sums.mutable_data_ptr());
   return {sums, 0};
 }
@@ -325,13 +429,13 @@ STABLE_TORCH_LIBRARY(batchnorm, m) {
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? counter, float momentum, "
       "float eps, int channel_dim, int flags) -> (Tensor, Tensor?, float, int)");
   m.def(
-      "update(Tensor statistics, float count, Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "update(Tensor mean, Tensor var, float count, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor(c!)? counter, float momentum) -> int");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? weight, Tensor? bias, "
       "Tensor? mask, Tensor? sums, float count, float eps, int channel_dim, int flags) -> "
       "(Tensor?, Tensor?, Tensor?, Tensor?, int)");
-  m.def("moments(Tensor x, Tensor? mask, int channel_dim) -> (Tensor?, float, int)");
+  m.def("moments(Tensor x, Tensor? mask, int channel_dim, int flags) -> (Tensor?, float, int)");
   m.def(
       "backward_reduce(Tensor dy, Tensor x, Tensor? y, Tensor statistics, Tensor? weight, "
       "Tensor? bias, Tensor? mask, float eps, int channel_dim, int flags) -> (Tensor?, int)");
