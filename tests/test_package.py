@@ -19,10 +19,22 @@ PUBLIC = {
     "MissingDependencyError",
     "Moments",
     "NonFiniteWarning",
+    "Renorm",
+    "SyncError",
+    "accumulate_statistics",
     "backends",
+    "bank",
     "batch_norm",
     "batch_norm_pure",
+    "forward_together",
+    "freeze",
+    "pause_statistics",
+    "sync_statistics",
+    "unfreeze",
 }
+
+#: Which elements make the statistics, besides the mask.
+POPULATION = ["virtual_batch_size", "renorm", "process_group"]
 
 
 def test_public_names():
@@ -42,11 +54,11 @@ def test_signatures_are_torchs_and_the_rest_is_by_name():
     for function in (batchnorm.batch_norm, batchnorm.batch_norm_pure):
         ours, by_name = parameters(function)
         assert ours == ["x", *positional[1:]]
-        assert by_name == ["mask", "residual", "channel_dim", "activation"]
+        assert by_name == ["mask", "residual", "channel_dim", "activation", *POPULATION]
     positional, _ = parameters(torch.nn.BatchNorm2d)
     ours, by_name = parameters(batchnorm.BatchNorm)
     assert ours == positional
-    assert by_name == ["features", "bias", "channel_dim", "activation"]
+    assert by_name == ["features", "bias", "channel_dim", "activation", *POPULATION]
     assert parameters(batchnorm.BatchNorm.forward)[0] == ["self", "x", "mask", "residual"]
 
 

@@ -14,3 +14,10 @@ from batchnorm.kernels.select import backends as backends
 from batchnorm.layers.batch_norm import BatchNorm as BatchNorm
 from batchnorm.moments import Moments as Moments
 from batchnorm.renorm import Renorm as Renorm
+from batchnorm.tools.accumulate import accumulate_statistics as accumulate_statistics
+from batchnorm.tools.bank import bank as bank
+from batchnorm.tools.freeze import freeze as freeze
+from batchnorm.tools.freeze import unfreeze as unfreeze
+from batchnorm.tools.merge import sync_statistics as sync_statistics
+from batchnorm.tools.pause import pause_statistics as pause_statistics
+from batchnorm.tools.together import forward_together as forward_together

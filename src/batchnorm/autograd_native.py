@@ -29,6 +29,7 @@ def step(
     training: bool,
     settings: Settings,
     group_size: int = 0,
+    sink: Callable[[Moments], None] | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """`functional.step` by the C++ kernels, which check their own arguments; None: not served.
 
@@ -70,17 +71,18 @@ def step(
     y, refused = served
     if after is not None:
         y = after(y)
+    if sink is not None:
+        sink(_moments_of(*_of_batch(kept, y.shape[channel_dim])))
     if not updates or mean is None or var is None:
         return y, None
     if later:
-        refused = native.update(*_of_batch(kept, mean), mean, var, counter, share)
+        refused = native.update(*_of_batch(kept, len(mean)), mean, var, counter, share)
     # The kernels change memory behind autograd's back.
     changed = (mean, var) if counter is None else (mean, var, counter)
     torch.autograd.graph.increment_version(changed)
     if not refused:
         return y, None
-    batch_mean, batch_var, count = _of_batch(kept, mean)
-    of_batch = Moments(batch_mean.new_tensor(count), batch_mean, batch_var * count)
+    of_batch = _moments_of(*_of_batch(kept, len(mean)))
     return y, ~sound(of_batch, mean, var, together=momentum is None)
 
 
@@ -98,7 +100,7 @@ def moments(
         return None
     channels = x.shape[channel_dim]
     mean, var = statistics[:, -channels:]
-    total = Moments(mean.new_tensor(count), mean, var * count)
+    total = _moments_of(mean, var, count)
     if statistics.shape[1] == channels:
         return mean, var, total
     means, variances = statistics[:, :-channels].unflatten(1, (-1, channels))
@@ -142,11 +144,15 @@ def _weights(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     return mask if mask.dtype in native.MASKS else mask.double()  # mutant: only slower without
 
 
-def _of_batch(kept: list[Any], running_mean: Tensor) -> tuple[Tensor, Tensor, float]:
+def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:
     """Mean, biased variance and count of the whole batch, which stand behind those of groups."""
     statistics, count = kept
-    mean, var = statistics[:, -running_mean.shape[0] :]
+    mean, var = statistics[:, -channels:]
     return mean, var, count
+
+
+def _moments_of(mean: Tensor, var: Tensor, count: float) -> Moments:
+    return Moments(mean.new_tensor(count), mean, var * count)
 
 
 def _share(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:

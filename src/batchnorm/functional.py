@@ -9,6 +9,7 @@ statistics; `autograd_native` does all of it at once where the C++ kernels can.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,11 +17,11 @@ from torch import Tensor
 from batchnorm import autograd_native, pooled
 from batchnorm.autograd import function
 from batchnorm.errors import NonFiniteWarning
-from batchnorm.kernels import native
-from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.kernels import native, select
+from batchnorm.moments import Moments
 from batchnorm.pooled import Population
 from batchnorm.renorm import Renorm, check_renorm
-from batchnorm.running import Running, assign, nonfinite_message, updated
+from batchnorm.running import Running, nonfinite_message, take_in, updated
 from batchnorm.sync import Group, Synchronizer, check_group, resolve
 from batchnorm.validation import (
     Activation,
@@ -185,7 +186,7 @@ def batch_norm_pure(
     if native.serves(x, weight, bias, residual):
         if training and running_mean is not None and running_var is not None:
             running = running_mean.detach().clone(), running_var.detach().clone(), None
-        y, _ = step(x, weight, bias, residual, mask, running, training, settings, population)
+        y, _ = _step(x, weight, bias, residual, mask, running, training, settings, population)
         return BatchNormOutput(y, *running[:2])
     y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
     if moments is None or running_mean is None or running_var is None:
@@ -225,41 +226,50 @@ def step(
     training: bool,
     settings: Settings,
     population: Population | None = None,
+    sink: Callable[[Moments], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward pass; in training, running statistics and counter take the batch in, in place.
 
     Arguments and errors are `batch_norm`'s. Momentum None makes a plain average of all batches.
+    A `sink` gets the moments of what is not an empty batch. What activation checkpointing computes
+    again has been taken in before.
 
     Returns:
         y; and which channels refused the batch, where it is known that some did.
     """
+    if training and (running[0] is not None or sink is not None) and select.recomputing():
+        running, sink = (None, None, None), None
+    return _step(x, weight, bias, residual, mask, running, training, settings, population, sink)
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running,
+    training: bool,
+    settings: Settings,
+    population: Population | None,
+    sink: Callable[[Moments], None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`step`, in whatever is running."""
     if not training:
         population = None
     size = 0 if population is None else population.groups_only()
     if size is not None:
         served = autograd_native.step(
-            x, weight, bias, residual, mask, running, training, settings, size
+            x, weight, bias, residual, mask, running, training, settings, size, sink
         )
         if served is not None:
             return served
-    mean, var, counter = running
-    momentum, eps, channel_dim, activation = settings
-    share: float | Tensor = 0.0
-    if momentum is not None:
-        share = momentum
-    elif counter is not None:
-        # Not 1.0 / counter: of a whole number that is float32, and 1e-8 off.
-        share = (counter + 1).to(accumulation_dtype(counter.device)).reciprocal()
-    settings = share, eps, channel_dim, activation
     y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
-    if moments is None or mean is None or var is None:
+    if moments is None:
         return y, None
-    # In a plain average every channel must have the same number of batches behind it.
-    update = updated(mean, var, moments, share, together=momentum is None)
-    finite = assign(mean, var, update)
-    if counter is not None:
-        counter.add_(1 if update.refused is None else update.refused.logical_not().any())
-    return y, None if finite else update.refused
+    if sink is not None:
+        sink(moments)
+    return y, take_in(running, moments, settings[0])
 
 
 def normalize(

@@ -9,12 +9,14 @@ residual, because each is one step of the same way:
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm import autograd_native
+from batchnorm import autograd_moments, autograd_native
 from batchnorm.autograd import function
 from batchnorm.ghost import Groups
 from batchnorm.kernels import native, select
@@ -34,6 +36,9 @@ from batchnorm.validation import (
     check_weights,
 )
 
+History = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Means, variances, and the r and d that belong to them."""
+
 
 class Population(NamedTuple):
     """Which elements make the statistics of a training step, besides those that the mask counts.
@@ -43,12 +48,14 @@ class Population(NamedTuple):
         renorm: how the statistics are drawn toward the running ones, or None.
         sync: the processes that share them, or None.
         reference: the running mean, variance and number of steps for `renorm`.
+        history: where forward passes that may be done again leave their corrections for `renorm`.
     """
 
     virtual_batch_size: int | None = None
     renorm: Renorm | None = None
     sync: Synchronizer | None = None
     reference: Running = (None, None, None)
+    history: History | None = None
 
     def groups_only(self) -> int | None:
         """Samples in a group, if that is all."""
@@ -73,7 +80,7 @@ def normalize(
         SyncError: the processes do not agree, or did not all come.
     """
     momentum, eps, channel_dim, activation = settings
-    size, renorm, sync, reference = population
+    size, renorm, sync, reference, _ = population
     check_options(eps, momentum, activation)
     mean, var, _ = reference
     values = check_tensors(x, mean, var, weight, bias, True, mask, residual, channel_dim)
@@ -94,6 +101,46 @@ def normalize(
     return _by_reference(x, weight, bias, residual, mask, settings, population, header)
 
 
+def normalize_together(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+    population: Population,
+    meet: Callable[[Moments], Moments],
+) -> Tensor:
+    """The same where x is one of several micro-batches on their way through one graph.
+
+    `meet` gives for its moments those of all, once they have come; see `forward_together`.
+    """
+    momentum, eps, channel_dim, activation = settings
+    check_options(eps, momentum, activation)
+    reference_mean, reference_var, _ = population.reference
+    check_tensors(x, reference_mean, reference_var, weight, bias, True, mask, residual, channel_dim)
+    if mask is not None and select.concrete(mask):
+        check_weights(mask)
+    if population.sync is not None:
+        population.sync.agree(x, channel_dim)
+    moments = meet(autograd_moments.moments_of(x, mask, channel_dim))
+    mean, var = moments.mean, moments.variance()
+    weight, bias = _affine(mean, var, weight, bias, eps, population)
+    fused = activation if isinstance(activation, str) else None
+    y = autograd_moments.normalize_by(
+        x, weight, bias, residual, mask, mean, var, eps, fused, channel_dim
+    )
+    return activation(y) if callable(activation) else y
+
+
+def shared(moments: Moments, sync: Synchronizer | None) -> Moments:
+    """With those of other processes."""
+    if sync is not None:
+        moments, _ = sync.merge(moments)
+    _empty(moments)
+    return moments
+
+
 def _by_reference(
     x: Tensor,
     weight: Tensor | None,
@@ -106,7 +153,7 @@ def _by_reference(
 ) -> tuple[Tensor, Moments | None]:
     """The same on any device, under any transform."""
     _, eps, channel_dim, activation = settings
-    size, _, sync, _ = population
+    size, sync = population.virtual_batch_size, population.sync
     groups: Groups | None = None
     pool: Pool | None = sync
     axes: Axes = channel_dim
@@ -146,7 +193,7 @@ def _by_native(
 ) -> tuple[Tensor, Moments | None] | None:
     """The same by the C++ kernels; None: not served."""
     _, eps, channel_dim, activation = settings
-    size, _, sync, _ = population
+    size, sync = population.virtual_batch_size, population.sync
     found = autograd_native.moments(x, mask, channel_dim, size or 0)
     if found is None:
         return None
@@ -222,6 +269,20 @@ def _affine(
     if renorm is None or running_mean is None or running_var is None:
         return weight, bias
     with torch.no_grad():
-        r, d = renorm.correction(mean, var, running_mean, running_var, counter, eps)
+        found = _recalled(mean, var, population.history) if select.recomputing() else None
+        r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
+        if population.history is not None and select.recomputed_later():
+            population.history.append((mean, var, r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
+
+
+def _recalled(mean: Tensor, var: Tensor, history: History | None) -> tuple[Tensor, Tensor] | None:
+    """The correction of the forward pass that is being done again.
+
+    Since then the running statistics have moved. The same batch gives the same bits.
+    """
+    for old_mean, old_var, r, d in history or ():
+        if torch.equal(old_mean, mean) and torch.equal(old_var, var):
+            return r, d
+    return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import select
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.validation import MIN_COUNT
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -86,6 +86,28 @@ def assign(running_mean: Tensor, running_var: Tensor, update: Update) -> bool:
     running_var.copy_(update.var)
     refused = update.refused
     return refused is None or not (select.concrete(refused) and bool(refused.any()))
+
+
+def take_in(running: Running, moments: Moments, momentum: float | Tensor | None) -> Tensor | None:
+    """Running statistics and counter take a batch in, in place; which channels refuse, if known.
+
+    Momentum None makes a plain average of all batches; a number without a counter, no counting.
+    """
+    mean, var, counter = running
+    if mean is None or var is None:
+        return None
+    share: float | Tensor = 0.0
+    if momentum is not None:
+        share = momentum
+    elif counter is not None:
+        # Not 1.0 / counter: of a whole number that is float32, and 1e-8 off.
+        share = (counter + 1).to(accumulation_dtype(counter.device)).reciprocal()
+    # In a plain average every channel must have the same number of batches behind it.
+    update = updated(mean, var, moments, share, together=momentum is None)
+    finite = assign(mean, var, update)
+    if counter is not None:
+        counter.add_(1 if update.refused is None else update.refused.logical_not().any())
+    return None if finite else update.refused
 
 
 def nonfinite_message(refused: Tensor) -> str:

@@ -118,6 +118,18 @@ def exported() -> bool:
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def recomputing() -> bool:
+    """Whether a backward pass is running: activation checkpointing then does forward ones again."""
+    # No public name exists for it; torch.utils.checkpoint asks it so.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def recomputed_later() -> bool:
+    """Whether this forward pass may be one that activation checkpointing will do again."""
+    # It runs the first one without gradients, or keeps its own place for what autograd saves.
+    return not torch.compiler.is_compiling() and (not torch.is_grad_enabled() or native.hooked())
+
+
 def blocks(x: Tensor) -> bool:
     """Whether the reference should go through `x` block by block.
 

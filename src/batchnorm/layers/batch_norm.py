@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 from typing import Any, overload
 
@@ -17,17 +20,32 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
-from batchnorm.pooled import Population
+from batchnorm.layers.statistics import StatisticsBank, WideStatistics
+from batchnorm.moments import Moments
+from batchnorm.pooled import History, Population, normalize_together, shared
 from batchnorm.renorm import Renorm, check_renorm
-from batchnorm.running import nonfinite_message
-from batchnorm.sync import Group, Synchronizer, check_group, resolve
+from batchnorm.running import Running, nonfinite_message
+from batchnorm.sync import WORLD, Group, Synchronizer, check_group, resolve
 from batchnorm.validation import Activation, check_options, check_virtual_batch_size
+
+#: Forward passes of a layer with renorm, within activation checkpointing, that may come before the
+#: backward pass of the first: micro-batches of a step, calls of a shared layer. Each keeps 4C
+#: numbers.
+MOST_FORWARDS = 256
 
 #: The outline's names for torch's parameters.
 _ALIASES = {"gamma": "weight", "beta": "bias"}
 
 
-class BatchNorm(_BatchNorm):
+Collect = Callable[["BatchNorm", Any, Moments], None]
+"""Takes the moments of a batch of a layer, in place of the running statistics of the layer itself
+or of one of its banks, which is the second argument."""
+
+Together = Callable[["BatchNorm", Running], Callable[[Moments], Moments] | None]
+"""Gives what turns a micro-batch's moments into those of all that pass the layer together."""
+
+
+class BatchNorm(WideStatistics, _BatchNorm):
     """Batch normalization of any input: dense, image, sequence; masked; fused with what follows.
 
         y = activation(γ · (x − mean) / √(var + eps) + β + residual)
@@ -110,7 +128,13 @@ class BatchNorm(_BatchNorm):
     virtual_batch_size: int | None
     renorm: Renorm | None
     process_group: Group
+    banks: torch.nn.ModuleDict
     _told_nonfinite: bool
+    _frozen: bool
+    _bank: str | None
+    _collect: Collect | None
+    _together: Together | None
+    _history: History | None
 
     def __init__(
         self,
@@ -161,6 +185,11 @@ class BatchNorm(_BatchNorm):
         self.process_group = process_group
         self._sync: Synchronizer | None = None
         self._told_nonfinite = False
+        self._frozen = False
+        self._bank: str | None = None
+        self._collect: Collect | None = None
+        self._together: Together | None = None
+        self._history: History | None = None
         self._widen_statistics()
 
     def reset_parameters(self) -> None:
@@ -248,37 +277,103 @@ class BatchNorm(_BatchNorm):
         return x._replace(data=self._forward(x.data, None, residual))
 
     def _forward(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
-        training, buffers, parameters = self.training, self._buffers, self._parameters
+        training = self.training and not self._frozen
+        bank: Any = self if self._bank is None else self.banks[self._bank]
+        buffers, parameters = bank._buffers, self._parameters
         try:
             # Modules look their tensors up by a slow way, 0.4 µs each.
             mean, var = buffers["running_mean"], buffers["running_var"]
             count = buffers["num_batches_tracked"]
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # torch's parametrizations and pruning put others in their place
-            mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+            mean, var, count = bank.running_mean, bank.running_var, bank.num_batches_tracked
             weight, bias = self.weight, self.bias
+        if bank is not self and bank.weight is not None:
+            weight, bias = bank.weight, bank.bias
         from_batch = training or mean is None or var is None
-        if training and not self.track_running_stats:
-            mean = var = count = None
         running = mean, var, count
         settings = self.momentum, self.eps, self.channel_dim, self.activation
-        population = None
-        if training and (self.renorm or self.virtual_batch_size or self.process_group):
-            population = self._population()
+        population = sink = None
+        if training:
+            if self.renorm or self.virtual_batch_size or self.process_group:
+                population = self._population(running)
+            if self._together is not None:
+                meet = self._together(self, running)
+                if meet is not None:
+                    population = population or Population(reference=running)
+                    return normalize_together(
+                        x, weight, bias, residual, mask, settings, population, meet
+                    )
+            if not self.track_running_stats:
+                running = None, None, None
+            elif self._collect is not None:
+                running = None, None, None
+                sink = partial(self._collect, self, bank)
+        elif self._sync is not None:
+            self._sync.listen()
         y, refused = functional.step(
-            x, weight, bias, residual, mask, running, from_batch, settings, population
+            x, weight, bias, residual, mask, running, from_batch, settings, population, sink
         )
-        if refused is not None and not self._told_nonfinite:
+        if refused is not None:
+            self.warn_nonfinite(refused)
+        return y
+
+    def warn_nonfinite(self, refused: Tensor) -> None:
+        """Tell, the first time, which channels' statistics were left as they were."""
+        if not self._told_nonfinite:
             self._told_nonfinite = True
             message = f"{self._location()}: {nonfinite_message(refused)}"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
-        return y
 
-    def _population(self) -> Population:
+    def check_bank(self, name: str, *, affine: bool = False) -> None:
+        """Refuse a bank that cannot be, before any is made.
+
+        Raises:
+            ArgumentError: the name cannot be used, the layer keeps no running statistics, or there
+                is such a bank, but with γ and β shared where its own are asked for or the reverse.
+        """
+        if (
+            not isinstance(name, str)
+            or not name.isidentifier()
+            or hasattr(torch.nn.ModuleDict, name)
+        ):
+            raise ArgumentError(
+                f"expected the name of a bank to be a word such as 'fake', got {name!r}"
+            )
+        if self.running_mean is None or (affine and self.weight is None):
+            raise ArgumentError(
+                "expected a layer with running statistics (and with γ and β, for a bank that has "
+                f"its own), got {self}"
+            )
+        existing = self._modules.get("banks")
+        if existing is not None and name in existing:  # type: ignore[operator]
+            has = existing.get_submodule(name).weight is not None
+            if has != affine:
+                raise ArgumentError(f"expected bank {name!r} as it is, affine={has}, got {affine}")
+
+    def add_bank(self, name: str, *, affine: bool = False) -> None:
+        """Make a bank of statistics, a copy of the layer's own; nothing if there is one already.
+
+        Raises:
+            ArgumentError: as `check_bank`.
+        """
+        self.check_bank(name, affine=affine)
+        if "banks" not in self._modules:
+            self.banks = torch.nn.ModuleDict()
+        if name not in self.banks:
+            self.banks[name] = StatisticsBank(self, affine).train(self.training)
+
+    def _population(self, reference: Running) -> Population:
         check_virtual_batch_size(self.virtual_batch_size)
         check_renorm(self.renorm)
-        reference = self.running_mean, self.running_var, self.num_batches_tracked
-        return Population(self.virtual_batch_size, self.renorm, self._synchronizer(), reference)
+        if self.renorm is not None and self._history is None:
+            self._history = deque(maxlen=MOST_FORWARDS)
+        sync = self._synchronizer()
+        return Population(self.virtual_batch_size, self.renorm, sync, reference, self._history)
+
+    def shared(self, moments: Moments) -> Moments:
+        """Moments of the elements of all processes that share this layer's statistics."""
+        return shared(moments, self._synchronizer())
 
     def _synchronizer(self) -> Synchronizer | None:
         """Of the group that `process_group` now stands for."""
@@ -290,29 +385,44 @@ class BatchNorm(_BatchNorm):
             self._sync = Synchronizer(group)
         return self._sync
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
-        before = self.running_mean, self.running_var
-        super()._apply(fn, recurse)
-        self._widen_statistics(*before)
-        return self
-
-    def _widen_statistics(self, mean: Tensor | None = None, var: Tensor | None = None) -> None:
-        """Keep the running statistics in float32 at least, from the values given if any."""
-        for name, exact in (("running_mean", mean), ("running_var", var)):
-            buffer = getattr(self, name)
-            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
-                source = buffer if exact is None else exact
-                setattr(self, name, source.to(buffer.device, torch.float32))
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         for alias, name in _ALIASES.items():
             if prefix + alias in state_dict and prefix + name not in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + alias)
+        for key in state_dict:
+            # "banks.NAME.running_mean", of a bank that there may not be yet.
+            if key.startswith(f"{prefix}banks.") and key.endswith(".running_mean"):
+                name = key.removeprefix(f"{prefix}banks.").removesuffix(".running_mean")
+                own = f"{prefix}banks.{name}.weight" in state_dict
+                self.add_bank(name, affine=own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # With assign=True a checkpoint in half precision brings its own buffers.
-        self._widen_statistics()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchNorm:
+        # Processes are shared, not copied.
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self._sync)] = memo[id(self._history)] = None
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {
+            "_sync": None,
+            "_collect": None,
+            "_together": None,
+            "_history": None,
+        }
+        if self.process_group is not None and self.process_group != WORLD:
+            if resolve(WORLD) is not self.process_group:
+                raise ArgumentError(
+                    f"expected process_group={WORLD!r} or None in a layer to be pickled, got a "
+                    "group that belongs to this program: save the state_dict, or set it to None"
+                )
+            state["process_group"] = WORLD
+        return state
 
     def _location(self) -> str:
         """This layer as the user knows it: its name in the outermost module that is running."""
@@ -341,6 +451,12 @@ class BatchNorm(_BatchNorm):
             parts.append(f"channel_dim={self.channel_dim}")
         if self.activation is not None and not isinstance(self.activation, torch.nn.Module):
             parts.append(f"activation={getattr(self.activation, '__name__', self.activation)!r}")
+        options = ((name, getattr(self, name)) for name in ("virtual_batch_size", "renorm"))
+        parts += [f"{name}={value!r}" for name, value in options if value is not None]
+        if self.process_group is not None:
+            parts.append("process_group=" + (repr(WORLD) if self.process_group == WORLD else "..."))
+        if self._frozen:
+            parts.append("frozen")
         return ", ".join(parts)
 
 

@@ -1,0 +1,115 @@
+"""Freezing: fine-tune a model without its batch norm layers changing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import ArgumentError
+from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.tools.layers import batch_norms
+
+#: Under this name a layer keeps what `unfreeze` is to give back.
+_KEPT = "_before_freezing"
+
+
+def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) -> None:
+    """Freeze the batch norm layers of a model, whatever `train()` and `eval()` are called later.
+
+    A frozen layer normalises by its running statistics, as in evaluation, also in training, and
+    does not update them; γ and β get no gradient. `unfreeze` gives everything back: momentum,
+    counters and `requires_grad` are kept. Frozen layers stay so when the model is copied, pickled
+    or moved; a state dict does not know of it.
+
+    Args:
+        model: with any batch norm layers, ours or torch's.
+        statistics: freeze the running statistics.
+        affine: freeze γ and β, and those of banks. Their `grad` is set to None, so that an
+            optimizer that has them already leaves them alone, weight decay included.
+
+    Raises:
+        ArgumentError: there are no batch norm layers, or one has no running statistics to normalise
+            by. Nothing has been changed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import BatchNorm, freeze, unfreeze
+        >>> model = nn.Sequential(nn.Linear(4, 8), BatchNorm(8))
+        >>> freeze(model)
+        >>> _ = model.train()(torch.randn(16, 4))
+        >>> model[1].num_batches_tracked, model[1].weight.requires_grad
+        (tensor(0), False)
+        >>> unfreeze(model)
+    """
+    layers = list(batch_norms(model))
+    for name, layer in layers:
+        if statistics and (layer.running_mean is None or layer.running_var is None):
+            raise ArgumentError(
+                f"expected running statistics to freeze in layer {name!r}, {layer}, got none "
+                "(track_running_stats=False); with statistics=False only γ and β are frozen"
+            )
+    for _, layer in layers:
+        if statistics:
+            _freeze_statistics(layer)
+        if affine:
+            _freeze_affine(layer)
+
+
+def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) -> None:
+    """Undo `freeze`; layers that are not frozen, and what did not train before, stay as they are.
+
+    Args:
+        model: with any batch norm layers.
+        statistics: the running statistics.
+        affine: γ and β.
+
+    Raises:
+        ArgumentError: there are no batch norm layers.
+    """
+    for _, layer in batch_norms(model):
+        if statistics:
+            _unfreeze_statistics(layer)
+        if affine:
+            for module in layer.modules():
+                for name, wanted in module.__dict__.pop(_KEPT, {}).items():
+                    module.get_parameter(name).requires_grad_(wanted)
+
+
+def _freeze_affine(layer: _BatchNorm) -> None:
+    for module in layer.modules():  # the banks too
+        kept = module.__dict__.setdefault(_KEPT, {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("weight", "bias"):
+                kept.setdefault(name, parameter.requires_grad)
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+def _freeze_statistics(layer: _BatchNorm) -> None:
+    if isinstance(layer, BatchNorm):
+        layer._frozen = True
+    elif _evaluate not in layer._forward_pre_hooks.values():
+        # torch's layers ask `training` only: it is False while they run, and what it was after.
+        layer.register_forward_pre_hook(_evaluate, prepend=True)
+        layer.register_forward_hook(_restore, always_call=True)
+
+
+def _unfreeze_statistics(layer: _BatchNorm) -> None:
+    if isinstance(layer, BatchNorm):
+        layer._frozen = False
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_evaluate, _restore)]:
+            del hooks[key]
+            layer._forward_hooks_always_called.pop(key, None)
+
+
+def _evaluate(layer: nn.Module, _: Any) -> None:
+    layer.__dict__["_was_training"] = layer.training
+    layer.training = False
+
+
+def _restore(layer: nn.Module, _: Any, __: Any) -> None:
+    layer.training = layer.__dict__.pop("_was_training", layer.training)

@@ -1,0 +1,244 @@
+"""Exact large batches from micro-batches: all are normalised by the statistics of their union."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.moments import Moments
+from batchnorm.running import Running, take_in
+from batchnorm.tools.layers import own_batch_norms
+
+Step = Callable[[nn.Module, Any], Any]
+
+
+def forward_together(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    step: Step | None = None,
+    offload: bool = False,
+) -> list[Any]:
+    """Run micro-batches through a model as if they were one batch to its batch norm layers.
+
+    Each batch norm layer waits until all micro-batches have come, merges their moments, and
+    normalises each by those of all; gradients go through them, to any order. Outputs, gradients,
+    running statistics (one update) and the count of batches are those of the union of the
+    micro-batches in one forward pass.
+
+    The price: the activations of all micro-batches are kept until the backward pass, as those of
+    the large batch would be, and every batch norm layer works in plain torch operations. With
+    `offload` they are kept in the host's memory, so the device holds those of one layer at a time;
+    each goes there and back once. No forward pass is repeated. (`accumulate_statistics` costs
+    nothing, but each micro-batch is normalised by its own statistics.)
+
+    Args:
+        model: all of whose batch norm layers are `BatchNorm`. In evaluation mode they have nothing
+            to wait for.
+        batches: micro-batches: tensors; tuples, whose first element is the input; or dicts of
+            keyword arguments. They may differ in size, and are all in memory at once.
+        step: called as step(model, batch) in place of that; what it returns, such as a loss, is
+            what comes back. Each runs in a thread of its own, one at a time, in order.
+        offload: keep what the backward pass needs in the host's memory.
+
+    Returns:
+        What the model, or `step`, gave for each micro-batch. Add the losses and call backward once.
+
+    Raises:
+        ArgumentError: there are no such layers, or others beside them; or a layer has a
+            virtual_batch_size, which asks for the opposite.
+        InputError: the micro-batches did not all pass the same layers, or activation checkpointing
+            is used within, whose second forward passes could not wait for each other.
+            Statistics are not updated then, nor if anything else is raised.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import BatchNorm, forward_together
+        >>> model, batch = nn.Sequential(nn.Linear(4, 8), BatchNorm(8)), torch.randn(10, 4)
+        >>> outputs = forward_together(model, batch.split([6, 4]))
+        >>> torch.allclose(torch.cat(outputs), model(batch), atol=1e-6)
+        True
+    """
+    layers = [layer for _, layer in own_batch_norms(model)]
+    for name, layer in own_batch_norms(model):
+        if layer.virtual_batch_size is not None:
+            raise ArgumentError(
+                "expected layers without virtual_batch_size, which makes batches smaller where "
+                f"this makes them larger; got {layer} at {name!r}"
+            )
+    meeting = _Meeting([_Walker(model, batch, step or _call, offload) for batch in batches])
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(setattr, layer, "_together", layer._together)
+            layer._together = meeting.merge
+        results = meeting.hold()
+    for layer, running, moments in meeting.updates:
+        refused = take_in(running, moments, layer.momentum)
+        if refused is not None:
+            layer.warn_nonfinite(refused)
+    return results
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+class _LeaveError(BaseException):
+    """Ends a walker's thread; not for `except Exception` within a model."""
+
+
+class _Walker(threading.Thread):
+    """One micro-batch on its way through the model."""
+
+    def __init__(self, model: nn.Module, batch: Any, step: Step, offload: bool) -> None:
+        super().__init__(daemon=True)
+        self.work = lambda: step(model, batch)
+        self.offload = offload
+        self.surroundings = _Surroundings()
+        self.may_go = threading.Semaphore(0)
+        self.has_stopped = threading.Semaphore(0)
+        self.hooks: Any = None
+        self.at: BatchNorm | None = None
+        self.brought: Moments | None = None
+        self.taken: Moments | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+
+    def run(self) -> None:
+        self.may_go.acquire()
+        try:
+            with ExitStack() as stack:
+                self.surroundings.enter(stack)
+                if self.offload:
+                    stack.enter_context(
+                        torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+                    )
+                self.hooks = _hooks()
+                self.result = self.work()
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.at = None
+        self.has_stopped.release()
+
+    def go_on(self) -> None:
+        """Called by who holds the meeting: returns when this one waits at a layer, or is done."""
+        self.may_go.release()
+        self.has_stopped.acquire()
+
+    def wait(self, layer: BatchNorm, moments: Moments) -> Moments:
+        """Called within `run`, at a layer: the moments of all."""
+        self.at, self.brought, self.taken = layer, moments, None
+        self.has_stopped.release()
+        self.may_go.acquire()
+        if self.taken is None:
+            raise _LeaveError
+        return self.taken
+
+
+class _Surroundings:
+    """What torch keeps for each thread: as where this was made."""
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        kinds = ["cpu"]
+        if torch.accelerator.is_available():
+            kinds.append(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in kinds
+        ]
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def enter(self, stack: ExitStack) -> None:
+        stack.enter_context(torch.set_grad_enabled(self.grad))
+        for kind, dtype, enabled in self.autocast:
+            # Without its cache: weights cast once would be those of this thread's graph.
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        if self.device is not None:
+            stack.enter_context(torch.cuda.device(self.device))
+
+
+class _Meeting:
+    """Lets walkers go one at a time, and merges what they bring to a layer."""
+
+    def __init__(self, walkers: list[_Walker]) -> None:
+        self.walkers = walkers
+        self.updates: list[tuple[BatchNorm, Running, Moments]] = []
+
+    def hold(self) -> list[Any]:
+        """The results of all."""
+        for walker in self.walkers:
+            walker.start()
+        try:
+            while True:
+                for walker in self.walkers:
+                    walker.go_on()
+                    if walker.error is not None:
+                        raise walker.error
+                if all(walker.done for walker in self.walkers):
+                    return [walker.result for walker in self.walkers]
+                self._merge()
+        finally:
+            for walker in self.walkers:
+                walker.taken = None
+                while not walker.done:
+                    walker.go_on()
+                walker.join()
+
+    def _merge(self) -> None:
+        at = [walker.at for walker in self.walkers]
+        layer = at[0]
+        if layer is None or any(other is not layer for other in at):
+            raise InputError(
+                "expected all micro-batches to pass the same batch norm layers in one order, got "
+                + ", ".join(
+                    "one done" if one is None else f"one at {one}" for one in dict.fromkeys(at)
+                )
+            )
+        brought = [walker.brought for walker in self.walkers]
+        total = Moments.merge_all([moments for moments in brought if moments is not None])
+        total = layer.shared(total)
+        for walker in self.walkers:
+            walker.taken, walker.brought = total, None
+
+    def merge(self, layer: BatchNorm, running: Running) -> Callable[[Moments], Moments] | None:
+        """What turns a micro-batch's moments at this layer into those of all; None elsewhere.
+
+        Raises:
+            InputError: activation checkpointing is used.
+        """
+        walker = threading.current_thread()
+        if not isinstance(walker, _Walker) or walker not in self.walkers:
+            return None
+        if _hooks() != walker.hooks or torch.is_grad_enabled() != walker.surroundings.grad:
+            raise InputError(
+                "expected no activation checkpointing within forward_together: in the backward "
+                "pass a micro-batch could not wait for the others; keep activations in the host's "
+                "memory instead, with offload=True"
+            )
+
+        def meet(moments: Moments) -> Moments:
+            total = walker.wait(layer, moments)
+            if walker is self.walkers[0]:
+                detached = (total.count, total.mean.detach(), total.m2.detach())
+                self.updates.append((layer, running, Moments(*detached)))
+            return total
+
+        return meet
+
+
+def _hooks() -> Any:
+    # No public name exists for them; checkpointing works by such.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
