@@ -129,9 +129,9 @@ def test_gradients_that_are_not_served():
         assert gradient(**changed) == native.NOT_SERVED, changed
     assert gradient() == gradient(sums=sums) == reduction() == 0
     for mask in (torch.zeros(6, 1), -torch.ones(6, 1), torch.ones(5, 1)):
-        assert native.moments(x, mask, 1)[-1] == native.NOT_SERVED
-    assert native.moments(x[:0], None, 1)[-1] == native.NOT_SERVED
-    assert native.moments(x, None, 1)[1:] == (6.0, 0)
+        assert native.moments(x, mask, 1, 0)[-1] == native.NOT_SERVED
+    assert native.moments(x[:0], None, 1, 0)[-1] == native.NOT_SERVED
+    assert native.moments(x, None, 1, 0)[1:] == (6.0, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,7 +167,7 @@ def test_halves_of_a_batch_are_the_whole(
     of = lambda t, part: None if t is None else t[part]  # noqa: E731
     moments = []
     for part in parts:
-        (mean, var), n, served = native.moments(x[part], of(mask, part), 1)
+        (mean, var), n, served = native.moments(x[part], of(mask, part), 1, 0)
         assert served == 0
         moments.append(Moments(mean.new_tensor(n), mean, var * n))
     total = moments[0].merge(moments[1])

@@ -394,7 +394,6 @@ def test_second_derivatives(mask, residual, activation, channel_dim, training):
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
-@pytest.mark.xfail(strict=True, reason="the recomputed forward pass updates the statistics again")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_forward_pass_counts_once(reentrant):
     model = network()
