@@ -169,7 +169,7 @@ def _by_reference(
             moments, total = pool.merge(moments, header)
         elif groups is not None:
             total = moments.over_groups()
-        if groups is not None and select.concrete(moments.count):
+        if groups is not None and sync is None and select.concrete(moments.count):
             check_group_counts(moments.count.flatten())
         empty = sync is not None and _empty(total)
     weight, bias = _affine(moments.mean, moments.variance(), weight, bias, eps, population)

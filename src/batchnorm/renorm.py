@@ -98,7 +98,24 @@ class Renorm:
         inverse = torch.rsqrt(running_var.to(mean.dtype) + eps)
         r = (var + eps).sqrt() * inverse
         d = (mean - running_mean) * inverse
-        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        return (kept(r), kept(d)) if torch.compiler.is_compiling() else (r, d)
+
+
+@torch.library.custom_op("batchnorm::kept", mutates_args=())
+def kept(values: Tensor) -> Tensor:
+    """The same values, which a compiled backward pass gets from the forward pass.
+
+    torch.compile may compute in the backward pass again what the forward pass had, from the inputs
+    of the graph; and if those are buffers, from what the forward pass has made of them (2.13: the
+    gradients are silently wrong). It does not so with operations that it does not know.
+    """
+    return values.clone()
+
+
+@kept.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
 
 
 def check_renorm(renorm: Renorm | None) -> None:

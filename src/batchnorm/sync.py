@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from batchnorm.errors import ArgumentError, SyncError
 from batchnorm.kernels import select
 from batchnorm.moments import Moments
+from batchnorm.validation import check_group_counts
 
 Group = Any
 """None, "world" or a torch.distributed.ProcessGroup: not every build of torch has those."""
@@ -119,9 +120,7 @@ class Synchronizer:
     def _gather(self, values: Tensor) -> Tensor:
         everyones = values.new_empty((self.size, *values.shape))
         self._run(
-            lambda group: distributed.all_gather_into_tensor(
-                everyones.view(-1), values.contiguous().view(-1), group=group
-            )
+            lambda group: _all_gather(everyones.view(-1), values.contiguous().view(-1), group=group)
         )
         return everyones
 
@@ -187,13 +186,12 @@ class SyncedGroups:
         first = [start // size for start in starts]
         last = [(start + max(n, 1) - 1) // size for start, n in zip(starts, everyones, strict=True)]
         mine = first[sync.rank], last[sync.rank]
-        # Which (rank, its first or last group) make the groups at both ends here. Who has a single
-        # group sends it as its first.
-        ends = [(rank, 0, group) for rank, group in enumerate(first)]
-        ends += [(rank, 1, group) for rank, group in enumerate(last) if group > first[rank]]
-        self.members = [
-            [2 * rank + end for rank, end, group in ends if group == wanted] for wanted in mine
-        ]
+        # The groups at the ends of what the processes have, by (rank, first or last) as they are
+        # sent. Who has a single group sends it as its first.
+        ends = [(2 * rank, group) for rank, group in enumerate(first)]
+        ends += [(2 * rank + 1, group) for rank, group in enumerate(last) if group > first[rank]]
+        self.members = [[row for row, group in ends if group == wanted] for wanted in mine]
+        self.shared = [[row for row, of in ends if of == group] for group in {of for _, of in ends}]
 
     def merge(
         self,
@@ -205,10 +203,17 @@ class SyncedGroups:
         counts = local.count.reshape(-1, 1).expand(groups, 1)
         local = Moments(counts, local.mean, local.m2)
         rows = torch.cat([counts, local.mean, local.m2], 1)
-        ends = self._ends(rows)
-        everyones = self.sync.gather(torch.cat([ends, pack(local.over_groups())[None]]))
+        own = pack(local.over_groups())
+        # The smallest group that nobody else has a share in: all processes must know of one that
+        # is too small.
+        least = least_count(counts[1:-1]).expand_as(own)
+        everyones = self.sync.gather(torch.stack([*self._ends(rows), own, least]))
         total = unpack(everyones[:, 2]).merged()
         ends = everyones[:, :2].flatten(0, 1)
+        if select.concrete(ends):
+            counts = torch.stack([ends[members, 0].sum() for members in self.shared])
+            counts = torch.cat([counts, everyones[:, 3, 0]])
+            check_group_counts(counts, whose="a group of all processes' samples")
         merged = [pack(unpack(ends[members]).merged()) for members in self.members]
         rows = self._replace(rows, merged)
         channels = local.mean.shape[1]
@@ -217,15 +222,14 @@ class SyncedGroups:
     def sum(self, values: Tensor) -> Tensor:
         """The sums of each group with samples here."""
         rows = values.movedim(-2, 0)
-        ends = self.sync.gather(self._ends(rows)).flatten(0, 1)
+        ends = self.sync.gather(torch.stack(self._ends(rows))).flatten(0, 1)
         summed = [ends[members].sum(0) for members in self.members]
         return self._replace(rows, summed).movedim(0, -2)
 
     @staticmethod
-    def _ends(rows: Tensor) -> Tensor:
+    def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the last; nothing as last where there is one."""
-        last = rows[-1] if len(rows) > 1 else torch.zeros_like(rows[0])
-        return torch.stack([rows[0], last])
+        return rows[0], rows[-1] if len(rows) > 1 else torch.zeros_like(rows[0])
 
     @staticmethod
     def _replace(rows: Tensor, ends: list[Tensor]) -> Tensor:
@@ -256,6 +260,13 @@ def pack(moments: Moments) -> Tensor:
     return torch.cat([moments.count.reshape(1), moments.mean, moments.m2])
 
 
+def least_count(counts: Tensor) -> Tensor:
+    """The least of some groups' counts; of those that count anything, 0 if there are none."""
+    counts = torch.where(counts > 0, counts, torch.inf)
+    least = torch.cat([counts.flatten(), counts.new_full((1,), torch.inf)]).amin()
+    return torch.where(least.isfinite(), least, 0.0)
+
+
 def unpack(rows: Tensor) -> Moments:
     """Moments along a first axis, from rows of `pack`."""
     channels = (rows.shape[1] - 1) // 2
@@ -283,6 +294,12 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.sync.sum(gradient), None
+
+
+#: torch 2.13's name for it; that of before is deprecated there.
+_all_gather: Any = getattr(
+    distributed, "all_gather_single", getattr(distributed, "all_gather_into_tensor", None)
+)
 
 
 def _store() -> Any:

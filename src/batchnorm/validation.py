@@ -186,7 +186,9 @@ def check_count(values: int, x: Tensor, mask: Tensor | None, channel_dim: int) -
 
 def check_weights(mask: Tensor) -> None:
     """Refuse a mask of weights that cannot be frequencies."""
-    if mask.dtype is not torch.bool and not (mask.min() >= 0 and mask.isfinite().all()):
+    if mask.dtype is torch.bool or mask.numel() == 0:
+        return
+    if not (mask.min() >= 0 and mask.isfinite().all()):
         raise InputError(
             "expected mask weights that are finite and not negative, got values from "
             f"{mask.min().item()} to {mask.max().item()}"
@@ -221,14 +223,15 @@ def check_shared_count(total: float) -> None:
         )
 
 
-def check_group_counts(counts: Tensor) -> None:
+def check_group_counts(counts: Tensor, *, whose: str = "") -> None:
     """Refuse groups of samples with too few values. One with nothing that counts is none."""
     few = (counts > 0) & (counts < MIN_COUNT)
     if few.any():
         group = int(few.nonzero()[0])
         raise InputError(
             "expected more than 1 value per channel in each group of virtual_batch_size samples, "
-            f"got a total weight of {float(counts[group]):g} in group {group} of {len(counts)}: "
-            "the variance of one value is 0 and says nothing. Use another virtual_batch_size, or "
-            "drop the batch's last samples (DataLoader(drop_last=True) drops a short last batch)"
+            f"got a total weight of {float(counts[group]):g} in "
+            f"{whose or f'group {group} of {len(counts)}'}: the variance of one value is 0 and "
+            "says nothing. Use another virtual_batch_size, or drop the batch's last samples "
+            "(DataLoader(drop_last=True) drops a short last batch)"
         )

@@ -1,7 +1,5 @@
 """DistributedDataParallel in two real processes: two forward passes, then one backward pass."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import BatchNorm
+from processes import launch
 
 WORLD = 2
 PASSES = {"train, train": (True, True), "train, eval": (True, False), "eval, train": (False, True)}
@@ -59,26 +58,8 @@ def work(rank, folder):
 def results(tmp_path_factory):
     """results[rank][case]: gradients and buffers."""
     folder = tmp_path_factory.mktemp("ddp")
-    # A rendezvous by file needs no port, one thread each leaves the machine its cores.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=100)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for status, output in launch(__file__, WORLD, folder):
+        assert status == 0, output
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -126,4 +107,4 @@ def test_gradients_and_buffers_are_those_computed_by_hand(results, case):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(int(sys.argv[1]), Path(sys.argv[3]))

@@ -309,8 +309,8 @@ class BatchNorm(WideStatistics, _BatchNorm):
             elif self._collect is not None:
                 running = None, None, None
                 sink = partial(self._collect, self, bank)
-        elif self._sync is not None:
-            self._sync.listen()
+        elif self.process_group is not None and (sync := self._synchronizer()) is not None:
+            sync.listen()
         y, refused = functional.step(
             x, weight, bias, residual, mask, running, from_batch, settings, population, sink
         )

@@ -126,12 +126,12 @@ struct Parameters {
 
   Parameters(const Optional& weight, const Optional& bias, int64_t channels)
       : channels(channels), gammas(weight ? weight->numel() : channels),
-        betas(bias ? bias->numel() : channels), values(gammas + betas), gamma(values.data),
+        betas(bias ? bias->numel() : gammas), values(gammas + betas), gamma(values.data),
         beta(gamma + gammas) {
     if (weight) read_vector(*weight, gamma);
     else std::fill_n(gamma, channels, 1.0);
     if (bias) read_vector(*bias, beta);
-    else std::fill_n(beta, channels, 0.0);
+    else std::fill_n(beta, betas, 0.0);  // as many as of γ: a gradient is asked for
   }
 
   const double* gamma_of(int64_t group) const {
