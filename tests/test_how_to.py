@@ -1,0 +1,41 @@
+"""The how-to pages: their code runs as it stands, their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from processes import launch
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "how-to"
+PAGES = sorted(FOLDER.glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "torchrun" not in p.read_text()], ids=str)
+def test_code_runs(page):
+    namespace = {}
+    assert blocks(page)
+    for block in blocks(page):
+        exec(block, namespace)
+
+
+@pytest.mark.slow
+def test_code_for_several_processes_runs(tmp_path):
+    program, after = blocks(FOLDER / "several-processes.md")
+    last = "distributed.destroy_process_group()\n"
+    assert program.endswith(last)
+    file = tmp_path / "train.py"
+    file.write_text(program.removesuffix(last) + after + last)
+    ((status, output),) = launch(file, 3, torchrun=True)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert page.parent.joinpath(target).exists(), target
