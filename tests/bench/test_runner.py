@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +248,9 @@ def test_huge_pages_are_as_the_system_has_them(tmp_path):
     (tmp_path / "defrag").write_text("always defer defer+madvise madvise [never]\n")
     assert huge_pages(tmp_path) == {"enabled": "madvise", "defrag": "never"}
     assert huge_pages(tmp_path / "nothing") == {}
+
+
+def test_what_the_readme_tells_to_set_is_what_is_measured():
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    settings = ALLOCATORS["no page faults"].items()
+    assert " ".join(f"{name}={value}" for name, value in settings) in readme.read_text("utf-8")
