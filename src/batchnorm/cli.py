@@ -272,7 +272,8 @@ def _add_bench(app: "Typer") -> None:
                 )
         except bench.Interrupted as stopped:
             kept = bench.save(stopped.content, json) if json and stopped.content else ()
-            words = "what was measured is kept" if kept else "nothing is kept"
+            nothing = "nothing had been measured" if json else "without --json nothing is kept"
+            words = "what was measured is kept" if kept else nothing
             _print_text(Console(stderr=True), f"Interrupted: {words}.")
             for path in kept:
                 _print_text(Console(stderr=True), f"Written: {path}")

@@ -305,6 +305,7 @@ def test_a_colour_is_a_claim_and_noise_is_marked(ratios, shown, style):
         ({"ratio": 0.8, "interval": [0.79, 0.81]}, ("0.80 ±1%", "red")),
         ({"ratio": 1.0, "interval": [0.9, 1.1]}, ("1.00 ±11%", "")),
         ({"ratio": 26.75, "interval": [20.0, 40.0]}, ("~26.8 ±41%", "dim")),
+        ({"ratio": 126.75, "interval": [2.0, 4000.0]}, ("~127 ±>99%", "dim")),
         ({"ratio": 2.0, "interval": [1.9, 2.1], "noisy": 5}, ("~2.00 ±5%", "dim")),
         ({"ratio": 2.0, "interval": None}, ("~2.00", "dim")),
         ({"ratio": None, "interval": None}, ("-", "")),

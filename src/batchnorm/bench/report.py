@@ -225,9 +225,13 @@ def _mean(mean: Row) -> Cell:
     low, high = mean["interval"] or (0.0, math.inf)
     noisy = high > NOISY * low or 2 * mean["noisy"] > mean["cases"]
     # Three digits, or ±10% would not fit beside them.
-    ratio = f"{'~' if noisy else ''}{mean['ratio']:.{2 if mean['ratio'] < 10 else 1}f}"
-    either_way = f" ±{math.sqrt(high / low) - 1:.0%}" if low else ""
-    return ratio + either_way, "dim" if noisy else _COLOURS[standing(low, high)]
+    digits = 2 if mean["ratio"] < 10 else 1 if mean["ratio"] < 100 else 0
+    ratio = f"{'~' if noisy else ''}{mean['ratio']:.{digits}f}"
+    if not low:
+        return ratio, "dim"
+    either_way = math.sqrt(high / low) - 1
+    reach = f"±{either_way:.0%}" if either_way < 0.995 else "±>99%"
+    return f"{ratio} {reach}", "dim" if noisy else _COLOURS[standing(low, high)]
 
 
 def _errors(rows: Sequence[Row]) -> str:
