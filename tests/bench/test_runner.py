@@ -38,7 +38,8 @@ def test_the_measuring_process_really_has_the_allocators_environment(monkeypatch
 
 
 def test_the_default_is_the_allocator_as_it_is():
-    present = {**SETTINGS, "PATH": "/bin"}
+    tunables = "glibc.malloc.top_pad=268435456"  # the same settings by their other names
+    present = {**SETTINGS, "GLIBC_TUNABLES": tunables, "PATH": "/bin"}
     assert child_environment("default", present) == {
         "PATH": "/bin",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",

@@ -177,7 +177,7 @@ def allocators(device: str) -> tuple[str, ...]:
 
 def child_environment(allocator: str, present: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment of the process that measures with this allocator."""
-    ours = {name for settings in ALLOCATORS.values() for name in settings}
+    ours = {name for settings in ALLOCATORS.values() for name in settings} | {"GLIBC_TUNABLES"}
     return {
         # What the user has set would make the default something else.
         **{name: value for name, value in present.items() if name not in ours},
