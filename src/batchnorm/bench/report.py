@@ -20,9 +20,9 @@ from batchnorm.bench.results import standing
 WIDTH = 80
 
 #: Widths in characters: a pass and a fusion, a ratio, a mean with its interval. Two allocators of
-#: three ratios make 79, of two means 75.
+#: three ratios make 79, of two means too.
 _LABELS = (19, 12)
-_NUMBER, _MEAN = 8, 11
+_NUMBER, _MEAN = 8, 12
 
 _SHORT = {EAGER: "eager", COMPILE: "compile"}
 
