@@ -24,6 +24,17 @@ MISUSED = 2
 # `bench` has found a result of ours that is wrong.
 WRONG_RESULT = 1
 
+# In paragraphs of one line each: rich would keep the breaks of a docstring, and add its own.
+BENCH_HELP = (
+    "Measure how fast the layer is, beside torch eager and torch.compile.\n\n"
+    "All take turns in each round; a ratio is the median over rounds of their time over ours, and "
+    "the median of those over several processes. On the CPU everything is measured twice: with the "
+    "allocator as it is, and set up to keep its memory, so that page faults are not counted as "
+    "kernels.\n\n"
+    "Every result is first compared with float64: where ours is wrong there is no ratio, and the "
+    "exit status is 1. Ctrl-C keeps what has been measured, if a file was asked for."
+)
+
 # The experiment of `lab run` without a name.
 MAIN_EXPERIMENT = "convergence"
 
@@ -217,14 +228,14 @@ def _add_bench(app: "Typer") -> None:
     import typer
     from rich.console import Console
 
-    @app.command("bench")
+    @app.command("bench", help=BENCH_HELP)
     def bench(
         suite: Annotated[
             str,
             typer.Option(
                 metavar="quick|full",
                 help="quick takes about a minute; full, every case and torch.compile for each, "
-                "about 15 minutes on 2 cores.",
+                "about half an hour on 2 cores (an estimate).",
             ),
         ] = "quick",
         device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",
@@ -244,25 +255,29 @@ def _add_bench(app: "Typer") -> None:
             typer.Option(
                 "--filter",
                 metavar="TEXT",
-                help="Only cases with TEXT in their names, such as 32x64x56x56 or bfloat16.",
+                help="Only cases with TEXT in their names, such as 8x64x56x56 or bfloat16.",
             ),
         ] = "",
     ) -> None:
-        """Measure how fast the layer is, beside torch eager and torch.compile.
-
-        All take turns in each round; a ratio is the median over rounds of their time over ours. On
-        the CPU everything is measured twice: with the allocator as it is, and set up to keep its
-        memory, so that page faults are not counted as kernels. Every result is first compared with
-        float64: where ours is wrong there is no ratio, and the exit status is 1.
-        """
         from batchnorm import bench
         from batchnorm.bench import report
         from batchnorm.bench.progress import Bar
 
         if json:
             bench.prepare(json)
-        with Bar(Console(stderr=True)) as progress:
-            content = bench.run(suite, device=device, threads=threads, text=text, progress=progress)
+        try:
+            with Bar(Console(stderr=True)) as progress:
+                content = bench.run(
+                    suite, device=device, threads=threads, text=text, progress=progress
+                )
+        except bench.Interrupted as stopped:
+            kept = bench.save(stopped.content, json) if json and stopped.content else ()
+            nothing = "nothing had been measured" if json else "without --json nothing is kept"
+            words = "what was measured is kept" if kept else nothing
+            _print_text(Console(stderr=True), f"Interrupted: {words}.")
+            for path in kept:
+                _print_text(Console(stderr=True), f"Written: {path}")
+            raise typer.Exit(INTERRUPTED) from None
         report.show(content, Console())
         for path in bench.save(content, json) if json else ():
             _print_text(Console(), f"Written: {path}")

@@ -47,8 +47,9 @@ def test_the_full_suite_has_the_cases_that_were_promised():
     }
     assert set(titles) == expected
     assert SUITES["full"].compiled == set(SUITES["full"].cases)
-    assert SUITES["full"].rounds >= 15
-    assert SUITES["quick"].rounds >= 6
+    for suite in SUITES.values():
+        assert suite.processes >= 3
+        assert suite.processes * suite.rounds >= 12
 
 
 def test_sizes_double_from_1_kb_to_400_mb():
@@ -70,13 +71,20 @@ def test_the_filter_chooses_by_title_without_case():
     assert [case.layout for case in chosen.cases] == ["contiguous", "channels-last"]
     assert chosen.sizes == ()
     assert chosen.rounds == SUITES["full"].rounds
+    assert chosen.steps == 2 * 9
+    assert chosen.minutes == pytest.approx(SUITES["full"].minutes * 18 / SUITES["full"].steps)
 
 
 @pytest.mark.parametrize(
     ("suite", "text", "message"),
     [
         ("nope", "", "There is no suite called 'nope'. Expected one of: quick, full."),
-        ("quick", "7x7x7x7", "No case of the quick suite has '7x7x7x7' in its name."),
+        ("quick", "7x7x7x7", "has '7x7x7x7' in its name. Expected part of one of: 64x10 float32"),
+        (
+            "quick",
+            "32x64x56x56",
+            "in its name. The full suite has some: add --suite full. Expected",
+        ),
     ],
 )
 def test_what_there_is_not(suite, text, message):

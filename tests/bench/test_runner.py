@@ -2,12 +2,14 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from batchnorm.bench import runner, worker
-from batchnorm.bench.environment import cache_bytes, environment
+from batchnorm.bench import load, runner, worker
+from batchnorm.bench.cases import SUITES
+from batchnorm.bench.environment import cache_bytes, environment, huge_pages
 from batchnorm.bench.runner import ALLOCATORS, MeasuringError, allocators, child_environment
 from batchnorm.bench.worker import Request
 from batchnorm.errors import ArgumentError
@@ -36,7 +38,8 @@ def test_the_measuring_process_really_has_the_allocators_environment(monkeypatch
 
 
 def test_the_default_is_the_allocator_as_it_is():
-    present = {**SETTINGS, "PATH": "/bin"}
+    tunables = "glibc.malloc.top_pad=268435456"  # the same settings by their other names
+    present = {**SETTINGS, "GLIBC_TUNABLES": tunables, "PATH": "/bin"}
     assert child_environment("default", present) == {
         "PATH": "/bin",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -92,31 +95,113 @@ time.sleep(60)
         os.kill(pid, 0)
 
 
-def test_a_suite_is_measured_once_for_each_allocator_and_progress_is_told(monkeypatch):
-    asked, told = [], []
+class Watcher(runner.Progress):
+    def __init__(self):
+        self.told, self.notes = [], []
 
+    def start(self, suite, total, minutes):
+        self.told.append((suite, total))
+
+    def step(self, what):
+        self.told.append(what)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Runs that measure nothing, on a machine that is quiet until a test says otherwise."""
+    monkeypatch.setattr(runner, "allocators", lambda device: ("default", "no page faults"))
+    monkeypatch.setattr(load, "others", lambda seconds: 0.0)
+    monkeypatch.setattr(load.Used, "now", lambda: None)
+    return Watcher()
+
+
+def measuring(asked):
     def measured(request):
         asked.append(request)
         yield {"event": "environment", "threads": 1}
         yield {"event": "step", "what": "this"}
 
-    class Watcher(runner.Progress):
-        def start(self, total):
-            told.append(total)
+    return measured
 
-        def step(self, what):
-            told.append(what)
+
+def test_processes_take_turns_over_the_allocators_and_progress_is_told(monkeypatch, watched):
+    asked = []
+    monkeypatch.setattr(runner, "measured", measuring(asked))
+    content = runner.run("quick", text="64x10 ", threads=3, progress=watched)
+    processes = SUITES["quick"].processes
+    assert [(r.allocator, r.part) for r in asked] == [
+        (name, part) for part in range(processes) for name in ("default", "no page faults")
+    ]
+    assert {(r.suite, r.text, r.threads, r.seed) for r in asked} == {("quick", "64x10 ", 3, 0)}
+    first, *steps = watched.told
+    assert first == ("quick", processes * 2 * 9)
+    assert steps[:3] == [
+        "this, default, process 1",
+        "this, no page faults, process 1",
+        "this, default, process 2",
+    ]
+    assert (watched.notes, content["notes"], content["complete"]) == ([], [], True)
+    assert content["load"] == {"before": [0.0], "during": [None] * 2 * processes}
+    assert content["filter"] == "64x10 "
+
+
+def test_others_are_noted_before_and_after_the_measuring(monkeypatch, watched):
+    monkeypatch.setattr(runner, "measured", measuring([]))
+    monkeypatch.setattr(load, "others", lambda seconds: 0.6)
+    # Of 10 seconds between two looks, the first process shares 4 with others, the rest none.
+    looks = iter([load.Used(0, 0, 0), load.Used(10, 6, 2), *[load.Used(20, 8, 4)] * 99])
+    monkeypatch.setattr(load.Used, "now", lambda: next(looks))
+    content = runner.run("quick", text="64x10 ", progress=watched)
+    assert "Other processes use 60% of the processors' time now" in watched.notes[0]
+    assert content["load"]["before"] == [0.6]
+    assert content["load"]["during"][0] == pytest.approx(0.4)
+    assert "other processes used up to 40% of the processors' time" in content["notes"][0]
+
+
+def test_ctrl_c_hands_over_what_was_measured(monkeypatch, watched):
+    def measured(request):
+        yield {"event": "environment", "threads": 1}
+        if request.part:
+            raise KeyboardInterrupt
+        size = {"case": "4x64", "bytes": 1024, "pass": "forward", "us": {"copy": 1.0}}
+        yield {"event": "size", **size, "allocator": request.allocator, "status": "ok"}
 
     monkeypatch.setattr(runner, "measured", measured)
-    monkeypatch.setattr(runner, "allocators", lambda device: ("default", "no page faults"))
-    monkeypatch.setattr(os, "getloadavg", lambda: (9.5, 0, 0))
-    content = runner.run("quick", text="64x10 ", threads=3, progress=Watcher())
-    assert [(r.suite, r.text, r.threads, r.allocator) for r in asked] == [
-        ("quick", "64x10 ", 3, "default"),
-        ("quick", "64x10 ", 3, "no page faults"),
-    ]
-    assert told == [18, "this, default", "this, no page faults"]
-    assert "load 9.5" in content["notes"][0]
+    with pytest.raises(runner.Interrupted) as stopped:
+        runner.run("quick", progress=watched)
+    content = stopped.value.content
+    assert not content["complete"]
+    assert [size["allocator"] for size in content["sizes"]] == ["default", "no page faults"]
+
+    def nothing(request):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(runner, "measured", nothing)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        runner.run("quick", progress=watched)
+    assert stopped.value.content is None
+
+
+def test_a_process_that_ctrl_c_reaches_first_is_not_called_dead(monkeypatch):
+    started(monkeypatch, "import os, signal; signal.raise_signal(signal.SIGINT)")
+    with pytest.raises(KeyboardInterrupt):
+        list(runner.measured(REQUEST))
+
+
+def test_what_was_disabled_is_in_the_command_and_what_cannot_be_is_refused(monkeypatch, watched):
+    monkeypatch.setattr(runner, "measured", measuring([]))
+    monkeypatch.setenv("BATCHNORM_DISABLE", "native")
+    content = runner.run("quick", text="64x10", progress=watched)
+    assert content["command"] == (
+        "BATCHNORM_DISABLE=native batchnorm bench --suite quick --device cpu --filter 64x10"
+    )
+    monkeypatch.setenv("BATCHNORM_DISABLE", "native,nativ")
+    with pytest.raises(ArgumentError, match=r"names 'nativ', .* Expected: native"):
+        runner.run("quick", progress=watched)
 
 
 def test_without_a_gpu_cuda_is_refused(monkeypatch):
@@ -156,3 +241,17 @@ def test_the_environment_says_where_it_was_measured(tmp_path):
             (folder / name).write_text(value + "\n")
     (tmp_path / "index3").mkdir()
     assert cache_bytes(tmp_path) == {"L1": 48 << 10, "L2": 1 << 20}
+
+
+def test_huge_pages_are_as_the_system_has_them(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    assert huge_pages(tmp_path) == {"enabled": "madvise"}
+    (tmp_path / "defrag").write_text("always defer defer+madvise madvise [never]\n")
+    assert huge_pages(tmp_path) == {"enabled": "madvise", "defrag": "never"}
+    assert huge_pages(tmp_path / "nothing") == {}
+
+
+def test_what_the_readme_tells_to_set_is_what_is_measured():
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    settings = ALLOCATORS["no page faults"].items()
+    assert " ".join(f"{name}={value}" for name, value in settings) in readme.read_text("utf-8")

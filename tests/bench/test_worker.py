@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from batchnorm import BatchNorm
-from batchnorm.bench import cases, measure, peers, worker
+from batchnorm.bench import cases, check, measure, peers, worker
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, Suite
 from batchnorm.bench.measure import Times
 from batchnorm.bench.worker import Request, work
+from batchnorm.kernels import native
 
 REQUEST = Request("quick", "", "cpu", None, "default", 0)
 
-KEYS = {"case", "dtype", "layout", "pass", "fusion", "peer", "ratio", "bandwidth_fraction"}
+KEYS = {"case", "dtype", "layout", "pass", "fusion", "peer", "ratios", "bandwidth_fraction"}
 KEYS |= {"allocator"}
 
 
@@ -20,7 +21,8 @@ KEYS |= {"allocator"}
 def tiny(monkeypatch):
     """A suite of one case and one size, which torch.compile takes part in."""
     case = Case((8, 3, 5))
-    suite = Suite((case,), frozenset({case}), (Case((4, 64, 1, 1)),), rounds=6)
+    sizes = (Case((4, 64, 1, 1)),)
+    suite = Suite((case,), frozenset({case}), sizes, rounds=6, processes=2, minutes=1)
     monkeypatch.setattr(cases, "SUITES", types.MappingProxyType({**SUITES, "quick": suite}))
     # Compiling takes seconds, and is left to one test.
     monkeypatch.setattr(torch, "compile", lambda expression: expression)
@@ -34,24 +36,24 @@ def times(**seconds):
     }
 
 
-def rows(events):
+def rows_of(events):
     return [event for event in events if event["event"] == "row"]
 
 
 def test_everything_is_measured_once_and_announced(tiny):
     events = list(work(REQUEST))
-    found = rows(events)
+    found = rows_of(events)
     combinations = {(row["pass"], row["fusion"], row["peer"]) for row in found}
     assert len(found) == len(combinations) == len(PASSES) * len(FUSIONS) * 2
     steps = [event["what"] for event in events if event["event"] == "step"]
-    assert len(steps) == worker.steps(tiny) == 9 + 2
+    assert len(steps) == tiny.steps == 9 + 2
     assert steps[0] == "8x3x5 float32 contiguous, forward, bn"
     for row in found:
         assert row.keys() >= KEYS
         assert (row["case"], row["dtype"], row["layout"]) == ("8x3x5", "float32", "contiguous")
-        assert (row["status"], row["rounds"], row["allocator"]) == ("ok", 6, "default")
-        low, high = row["interval"]
-        assert 0 < low <= row["ratio"] <= high
+        assert (row["status"], row["allocator"]) == ("ok", "default")
+        assert len(row["ratios"]) == 6
+        assert min(row["ratios"]) > 0
         assert row["bandwidth_fraction"] > 0
         assert row["error"] <= row["error_bound"]
     sizes = [event for event in events if event["event"] == "size"]
@@ -68,9 +70,9 @@ def test_a_row_from_known_times(tiny, monkeypatch):
     )
     known["torch.compile"] = known["batchnorm"]
     monkeypatch.setattr(measure, "rounds", lambda *_, **__: known)
-    for row in rows(work(REQUEST)):
-        assert row["ratio"] == pytest.approx(
-            {"torch eager": 3.0, "torch.compile": 1.0}[row["peer"]]
+    for row in rows_of(work(REQUEST)):
+        assert row["ratios"] == pytest.approx(
+            {"torch eager": [3.0, 2.0, 9.0], "torch.compile": [1.0] * 3}[row["peer"]]
         )
         floor = FLOORS[row["pass"], row["fusion"]]
         # A copy moves 2B in twice the time that ours moves the floor in.
@@ -114,11 +116,11 @@ class Off(BatchNorm):
 
 def test_a_wrong_result_has_no_speed(tiny, monkeypatch):
     monkeypatch.setattr(peers, "BatchNorm", Off)
-    for row in rows(work(REQUEST)):
+    for row in rows_of(work(REQUEST)):
         wrong = row["fusion"] != "bn"
         assert row["status"] == ("wrong result" if wrong else "ok")
-        for key in ("ratio", "interval", "bandwidth_fraction", "ours_us", "peer_us"):
-            assert (row[key] is None) == wrong
+        for key in ("ratios", "bandwidth_fraction", "ours_us", "peer_us"):
+            assert (key in row) != wrong
         if wrong:
             assert row["error"] == pytest.approx(1e-3, rel=0.1) or row["error"] > 1e-3
             assert row["peer_error"] < row["error_bound"] < row["error"]
@@ -140,7 +142,7 @@ def test_without_a_compiler_the_rest_is_measured_and_a_note_says_so(tiny, monkey
 
     monkeypatch.setattr(torch, "compile", lambda expression: fail)
     events = list(work(REQUEST))
-    assert {row["peer"] for row in rows(events)} == {"torch eager"}
+    assert {row["peer"] for row in rows_of(events)} == {"torch eager"}
     notes = [event["text"] for event in events if event["event"] == "note"]
     assert set(notes) == {"Without torch.compile, RuntimeError: No working C++ compiler found"}
 
@@ -165,11 +167,37 @@ def test_page_faults_that_should_not_be_are_noted(tiny, monkeypatch):
     assert not [e for e in work(REQUEST) if e["event"] == "note"]
 
 
+def test_only_the_first_process_compares_with_float64(tiny, monkeypatch):
+    monkeypatch.setattr(check, "judge", None)  # it would fail
+    seeds = []
+
+    def rounds(calls, number, *, seed, **_):
+        seeds.append(seed)
+        return {name: Times((1.0,), (0.0,)) for name in calls}
+
+    monkeypatch.setattr(measure, "rounds", rounds)
+    events = list(work(dataclasses.replace(REQUEST, part=1)))
+    assert all("error" not in row and row["status"] == "ok" for row in rows_of(events))
+    assert len(rows_of(events)) == 18
+    assert set(seeds) == {1}  # other orders than those of the first
+    assert not [event for event in events if event["event"] == "kernels"]
+    with pytest.raises(TypeError):
+        list(work(REQUEST))
+
+
+def test_what_serves_is_told_by_torchs_record_of_a_call(tiny, monkeypatch):
+    used = [event["native"] for event in work(REQUEST) if event["event"] == "kernels"]
+    assert used == [native.MISSING is None] * 3
+    monkeypatch.setattr(native, "serves", lambda *_: False)
+    used = [event["native"] for event in work(REQUEST) if event["event"] == "kernels"]
+    assert used == [False] * 3
+
+
 @pytest.mark.slow
 def test_torch_compile_is_compiled_and_right():
     case = Case((2, 64, 32, 32))
     problem = peers.Problem.of(case, "cpu", 0)
     contender = peers.compiled(case, "bn+add+relu", "cpu")
-    verdicts, failures = worker._judged([contender], problem, "forward+backward", "bn+add+relu")
-    assert failures == []
-    assert verdicts["torch.compile"].right
+    assert worker._prepared([contender], problem, "forward+backward") == []
+    seen = check.observe(contender, problem, "forward+backward")
+    assert check.judge(seen, problem, "forward+backward", "bn+add+relu").right

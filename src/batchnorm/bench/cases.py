@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,9 @@ from batchnorm.errors import ArgumentError
 PASSES = ("forward", "forward+backward", "inference")
 
 FUSIONS = ("bn", "bn+relu", "bn+add+relu")
+
+#: A size of the sweep is measured without fusions, which would say the same again.
+SIZE_PASSES, SIZE_FUSION = ("forward", "forward+backward"), "bn"
 
 #: How many times the bytes of one tensor (B) a pass moves at the least, when what it needs twice is
 #: still in the cache the second time. Forward: x in, y out; the residual in. Backward: x and the
@@ -87,13 +90,22 @@ class Suite:
         cases: every pass and fusion of these.
         compiled: the cases that torch.compile takes part in: compiling takes seconds each.
         sizes: tensors of growing size, for the cost of a byte.
-        rounds: how often each contender is timed.
+        rounds: how often each contender is timed in a process.
+        processes: how many processes do all of it, one after the other; see estimate.between.
+        minutes: what it takes on two quiet cores.
     """
 
     cases: tuple[Case, ...]
     compiled: frozenset[Case]
     sizes: tuple[Case, ...]
     rounds: int
+    processes: int
+    minutes: float
+
+    @property
+    def steps(self) -> int:
+        """How many measurements a process makes."""
+        return len(self.cases) * len(FUSIONS) * len(PASSES) + len(self.sizes) * len(SIZE_PASSES)
 
     def matching(self, text: str) -> Suite:
         """Return the part of the suite whose titles contain the text."""
@@ -101,7 +113,8 @@ class Suite:
         def chosen(cases: tuple[Case, ...]) -> tuple[Case, ...]:
             return tuple(case for case in cases if text.lower() in case.title)
 
-        return Suite(chosen(self.cases), self.compiled, chosen(self.sizes), self.rounds)
+        part = replace(self, cases=chosen(self.cases), sizes=chosen(self.sizes))
+        return replace(part, minutes=self.minutes * part.steps / self.steps)
 
 
 def find(name: str, text: str = "") -> Suite:
@@ -115,11 +128,16 @@ def find(name: str, text: str = "") -> Suite:
             f"There is no suite called {name!r}. Expected one of: {', '.join(SUITES)}."
         )
     suite = SUITES[name].matching(text)
-    if not suite.cases and not suite.sizes:
+    if not suite.steps:
         known = ", ".join(case.title for case in SUITES[name].cases)
+        elsewhere = "".join(
+            f" The {other} suite has some: add --suite {other}."
+            for other, whole in SUITES.items()
+            if whole.matching(text).steps
+        )
         raise ArgumentError(
-            f"No case of the {name} suite has {text!r} in its name. Expected part of one of: "
-            f"{known}."
+            f"No case of the {name} suite has {text!r} in its name.{elsewhere} Expected part of "
+            f"one of: {known}."
         )
     return suite
 
@@ -168,10 +186,11 @@ _QUICK = (
 #: To compile all passes and fusions of a case takes ten seconds.
 _QUICK_COMPILED = frozenset({Case((2, 64, 32, 32))})
 
-#: Rounds: six are the fewest whose median has an interval of 95 %; see measure.interval.
+#: Processes: three are the fewest of which one may be far off without moving the median. Rounds: of
+#: twelve in all, two that were disturbed do not widen the interval; see estimate.
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
-        "quick": Suite(_QUICK, _QUICK_COMPILED, _sizes(16 << 20), rounds=7),
-        "full": Suite(_FULL, frozenset(_FULL), _sizes(400 << 20), rounds=15),
+        "quick": Suite(_QUICK, _QUICK_COMPILED, _sizes(16 << 20), 3, processes=4, minutes=1.2),
+        "full": Suite(_FULL, frozenset(_FULL), _sizes(400 << 20), 5, processes=3, minutes=30),
     }
 )

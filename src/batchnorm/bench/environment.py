@@ -15,6 +15,7 @@ from batchnorm._version import __version__
 from batchnorm.kernels.select import backends
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def environment(device: str, seed: int) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "cache_bytes": cache_bytes(),
+        "transparent_hugepage": huge_pages(),
         "threads": torch.get_num_threads(),
         "backends": [str(backend) for backend in backends()],
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -52,6 +54,21 @@ def cache_bytes(folder: Path = _CACHES) -> dict[str, int]:
         if kind != "Instruction" and size.endswith("K"):
             sizes[f"L{level}"] = int(size[:-1]) << 10
     return sizes
+
+
+def huge_pages(folder: Path = _HUGE_PAGES) -> dict[str, str]:
+    """Return when the system gives huge pages, and how hard it tries; nothing where it is silent.
+
+    Of each file's words the one in brackets is in force, such as: always [madvise] never.
+    """
+    found = {}
+    for name in ("enabled", "defrag"):
+        try:
+            words = (folder / name).read_text()
+        except OSError:
+            continue
+        found[name] = words.partition("[")[2].partition("]")[0]
+    return found
 
 
 def commit() -> str | None:

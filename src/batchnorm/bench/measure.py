@@ -1,4 +1,4 @@
-"""From calls to times, and from times to ratios."""
+"""From calls to times."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Call = Callable[[], object]
@@ -15,8 +15,6 @@ Call = Callable[[], object]
 #: Seconds that a contender is called for in a round, once at least: some ten thousand ticks of the
 #: clock, and long against an interrupt.
 LOOP_S = 2e-3
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,6 @@ class Times:
     def us(self) -> float:
         """Median time of a call in microseconds."""
         return statistics.median(self.seconds) * 1e6
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A median over rounds and the interval that holds the true one."""
-
-    value: float
-    low: float
-    high: float
 
 
 def rounds(
@@ -93,7 +82,7 @@ def _loops(call: Call, synchronize: Call, loop_s: float) -> int:
     """How many calls fill the time; and a first one or two to warm up."""
     once = _time(call, 1, synchronize)
     if once < loop_s:
-        once = min(_time(call, 3, synchronize) for _ in range(3))
+        once = min(_time(call, 3, synchronize) for _ in range(2))
     return max(1, math.ceil(loop_s / once))
 
 
@@ -104,43 +93,3 @@ def _page_faults() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def paired(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Return the median of the ratios round by round, not the ratio of two medians.
-
-    >>> paired([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
-    Estimate(value=2.0, low=1.0, high=3.0)
-    """
-    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    return Estimate(statistics.median(ratios), *interval(ratios))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return two of the values that hold the true median between them, with 95 % confidence.
-
-    Each value falls below the true median like a coin. So the k-th from either end are the bounds
-    for the largest k with P(fewer than k heads) <= 2.5 %, however the values are distributed. Below
-    six values there is no such k, and the lowest and highest are less sure than that.
-
-    >>> interval([float(i) for i in range(1, 16)])
-    (4.0, 12.0)
-    """
-    ordered, n = sorted(values), len(values)
-    tail, k = 0.0, 0
-    for heads in range(n):
-        tail += math.comb(n, heads) / 2**n
-        if tail > (1 - CONFIDENCE) / 2:
-            break
-        k = heads + 1
-    k = max(k, 1)
-    return ordered[k - 1], ordered[n - k]
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the mean of factors: 2 and ½ make 1.
-
-    >>> geometric_mean([2.0, 0.5])
-    1.0
-    """
-    return math.exp(math.fsum(map(math.log, values)) / len(values))

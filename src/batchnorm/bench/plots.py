@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from batchnorm.bench.cases import PASSES
-from batchnorm.bench.measure import geometric_mean
+from batchnorm.bench.estimate import geometric_mean
+from batchnorm.bench.merge import Row, bytes_of
 from batchnorm.bench.peers import COPY, EAGER, OURS, PEERS
-from batchnorm.bench.results import Row
+from batchnorm.bench.report import title
 from batchnorm.lab.plots import INK, LOOKS, Look, style
 
 #: Inches: three panels beside the names of cases.
@@ -30,32 +31,31 @@ KB, MB = 1 << 10, 1 << 20
 def draw(content: dict[str, Any]) -> dict[str, str]:
     """Return the figures as SVG files, by name."""
     figures: dict[str, Figure] = {}
+    known = [row for row in content["rows"] if row["ratio"] is not None]
     with style():
-        for allocator in dict.fromkeys(row["allocator"] for row in content["rows"]):
-            rows = [
-                row
-                for row in content["rows"]
-                if row["allocator"] == allocator and row["ratio"] is not None
-            ]
-            if rows:
-                figures[f"ratios-{allocator.replace(' ', '-')}"] = ratios(rows, allocator)
+        for allocator in dict.fromkeys(row["allocator"] for row in known):
+            figures[f"ratios-{allocator.replace(' ', '-')}"] = ratios(known, allocator)
         if sizes := [row for row in content["sizes"] if row["us"]]:
             figures["sizes"] = cost_by_size(sizes, content["environment"]["cache_bytes"])
         return {name: _svg(figure) for name, figure in figures.items()}
 
 
-def ratios(rows: Sequence[Row], allocator: str) -> Figure:
-    """Draw the ratios by case, a panel a pass: the mean of the fusions and their range."""
-    titles = list(dict.fromkeys(map(_title, rows)))
-    figure = Figure((WIDTH, 1.5 + 0.24 * len(titles)))
+def ratios(every: Sequence[Row], allocator: str) -> Figure:
+    """Draw an allocator's ratios by case, a panel a pass: the mean of the fusions and their range.
+
+    The axis is that of all allocators' rows, so that their figures can be laid side by side.
+    """
+    rows = [row for row in every if row["allocator"] == allocator]
+    titles = ordered(rows)
+    figure = Figure((WIDTH, 1.8 + 0.24 * len(titles)))
     panels = figure.subplots(1, len(PASSES), sharex=True, sharey=True)
     for axes, mode in zip(panels, PASSES, strict=True):
         for side, (peer, look) in zip((-1, 1), _PEERS.items(), strict=True):
-            for place, title in enumerate(titles):
+            for place, case in enumerate(titles):
                 values = [
                     row["ratio"]
                     for row in rows
-                    if (_title(row), row["pass"], row["peer"]) == (title, mode, peer)
+                    if (title(row), row["pass"], row["peer"]) == (case, mode, peer)
                 ]
                 if values:
                     # Side by side, or the marks of two peers would hide each other.
@@ -66,20 +66,50 @@ def ratios(rows: Sequence[Row], allocator: str) -> Figure:
                     )
         axes.axvline(1, color=INK, linewidth=1.2)
         axes.set(xscale="log", title=mode)
-        # Numbers between the decades only where there is room for them.
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _ticks(axes, [1.0, *(row["ratio"] for row in every)])
     panels[0].set_yticks(range(len(titles)), titles, fontsize=8)
     panels[0].invert_yaxis()
     panels[1].set_xlabel(
         "time of the peer / time of batchnorm; right of 1, batchnorm is faster\n"
-        f"mark: geometric mean of bn, bn+relu and bn+add+relu; line: their range\n"
-        f"allocator: {allocator}"
+        f"allocator: {allocator}; cases by layout and dtype, from small to large"
     )
-    _legend(figure, {peer: look for peer, look in _PEERS.items() if _has(rows, peer)}, dash=False)
+    handles = [
+        Line2D(
+            [], [], color=look.colour, marker=look.mark, markersize=5, linestyle="none", label=peer
+        )
+        for peer, look in _PEERS.items()
+        if _has(rows, peer)
+    ]
+    line = Line2D([], [], color=INK, linewidth=1.2, marker=".")
+    line.set_label("bn, bn+relu, bn+add+relu: mean (mark) and range (line)")
+    figure.legend(handles=[*handles, line], loc="outside upper right", ncols=len(handles) + 1)
     return figure
+
+
+def ordered(rows: Sequence[Row]) -> list[str]:
+    """Return the titles by layout and dtype, as they come in the suite, and from small to large."""
+    kinds = list(dict.fromkeys((row["layout"], row["dtype"]) for row in rows))
+    layouts = list(dict.fromkeys(layout for layout, _ in kinds))
+    by_size = sorted(
+        rows,
+        key=lambda row: (
+            layouts.index(row["layout"]),
+            kinds.index((row["layout"], row["dtype"])),
+            bytes_of(row),
+        ),
+    )
+    return list(dict.fromkeys(map(title, by_size)))
+
+
+def _ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Reach a little beyond the values; number as finely as there is room for."""
+    low, high = min(values) / 1.15, max(values) * 1.15
+    axes.set_xlim(low, high)
+    room = high / low
+    subs = (1, 2, 5) if room < 300 else (1, 3) if room < 1000 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def cost_by_size(sizes: Sequence[Row], caches: dict[str, int]) -> Figure:
@@ -135,8 +165,8 @@ def _mark(axes: Axes, caches: dict[str, int], sizes: Sequence[int]) -> None:
             )
 
 
-def _legend(figure: Figure, looks: dict[str, Look], *, dash: bool = True) -> None:
-    """Name the series above the panels; by the mark alone where the lines are ranges."""
+def _legend(figure: Figure, looks: dict[str, Look]) -> None:
+    """Name the series above the panels."""
     handles = [
         Line2D(
             [],
@@ -144,7 +174,7 @@ def _legend(figure: Figure, looks: dict[str, Look], *, dash: bool = True) -> Non
             color=look.colour,
             marker=look.mark,
             markersize=5,
-            linestyle=look.dash if dash else "none",
+            linestyle=look.dash,
             label=name,
         )
         for name, look in looks.items()
@@ -161,7 +191,3 @@ def _svg(figure: Figure) -> str:
 
 def _has(rows: Sequence[Row], peer: str) -> bool:
     return any(row["peer"] == peer for row in rows)
-
-
-def _title(row: Row) -> str:
-    return f"{row['case']} {row['dtype']} {row['layout']}"

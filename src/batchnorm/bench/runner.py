@@ -1,4 +1,4 @@
-"""Runs a suite, once for each way to allocate memory, and puts the findings together."""
+"""Runs a suite, in several processes for each way to allocate memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from batchnorm.bench import cases, results, worker
+from batchnorm.bench import cases, load, results, worker
 from batchnorm.bench.worker import DEFAULT, Event, Request
 from batchnorm.errors import ArgumentError, BatchNormError
 
@@ -40,22 +42,41 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 
-#: Other processes' share of the cores, above which a note says so.
-BUSY = 0.25
+#: Seconds for which others are watched before the measuring.
+WATCH_S = 1.0
+
+#: What may be turned off with `BATCHNORM_DISABLE`.
+_DISABLE, _BACKENDS = "BATCHNORM_DISABLE", ("native",)
 
 
 class MeasuringError(BatchNormError):
     """A process that measures has died; the message has its last words."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while measuring.
+
+    Attributes:
+        content: what `run` would have returned, of what was measured until then and marked as not
+            complete; None if that is nothing.
+    """
+
+    def __init__(self, content: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.content = content
+
+
 class Progress:
     """What a watcher is told; this one stays silent."""
 
-    def start(self, total: int) -> None:
-        """Tell how many steps there will be."""
+    def start(self, suite: str, total: int, minutes: float) -> None:
+        """Tell how many steps there will be, and what they take on two quiet cores."""
 
     def step(self, what: str) -> None:
         """Tell what is measured next."""
+
+    def note(self, text: str) -> None:
+        """Tell what the watcher had better know now."""
 
 
 def run(
@@ -66,10 +87,10 @@ def run(
     text: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a suite, in a process for each way to allocate memory.
+    """Measure a suite, in several processes for each way to allocate memory.
 
     Args:
-        suite: its name: quick takes a minute, full 15.
+        suite: its name: quick takes about a minute, full half an hour.
         device: cpu or cuda.
         threads: of torch; its own choice if None.
         text: only the cases that have it in their titles.
@@ -79,28 +100,70 @@ def run(
         What `results.summarise` says.
 
     Raises:
-        ArgumentError: there is no such suite, case or device.
-        MeasuringError: the measuring process died.
+        ArgumentError: there is no such suite, case, device or backend to disable.
+        MeasuringError: a measuring process died.
+        Interrupted: Ctrl-C; it has what was measured until then.
     """
     chosen = cases.find(suite, text)
     _check_device(device)
+    _check_disabled()
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads must be at least 1; got {threads}.")
     progress = progress or Progress()
     names = allocators(device)
-    progress.start(len(names) * worker.steps(chosen))
-    events: list[Event] = [{"event": "note", "text": words} for words in _busy()]
-    for name in names:
-        request = Request(suite, text, device, threads, name, SEED)
-        for event in measured(request):
-            if event["event"] == "step":
-                progress.step(f"{event['what']}, {name}" if len(names) > 1 else event["what"])
-            else:
-                events.append(event)
     command = ["batchnorm", "bench", "--suite", suite, "--device", device]
     command += ["--threads", str(threads)] if threads is not None else []
     command += ["--filter", text] if text else []
-    return results.summarise(suite, events, command=shlex.join(command))
+    disabled = os.environ.get(_DISABLE)
+    prefix = f"{_DISABLE}={shlex.quote(disabled)} " if disabled else ""
+    summarise = partial(results.summarise, suite, command=prefix + shlex.join(command), filter=text)
+    progress.start(suite, chosen.processes * len(names) * chosen.steps, chosen.minutes)
+    events: list[Event] = []
+    try:
+        # Processes of one allocator are not neighbours in time: what slows the machine down for a
+        # while then meets both allocators, and not all processes.
+        requests = [
+            Request(suite, text, device, threads, name, SEED, part)
+            for part in range(chosen.processes)
+            for name in names
+        ]
+        for event in _watched(requests, progress):
+            if event["event"] == "step":
+                progress.step(event["what"])
+            else:
+                events.append(event)
+    except KeyboardInterrupt:
+        some = any(event["event"] in ("row", "size") for event in events)
+        content = summarise(events, complete=False) if some else None
+        raise Interrupted(content) from None
+    return summarise(events)
+
+
+def _watched(requests: list[Request], progress: Progress) -> Iterator[Event]:
+    """Yield what each process finds, and how much of the machine others use meanwhile."""
+    before = load.others(WATCH_S)
+    yield {"event": "load", "when": "before", "others": before}
+    if before is not None and load.busy(before):
+        progress.note(
+            f"Other processes use {before:.0%} of the processors' time now. Times are compared in "
+            "pairs, which bears that to a degree; measure when the machine is quiet."
+        )
+    most = 0.0
+    for request in requests:
+        start = load.Used.now()
+        for event in measured(request):
+            if event["event"] == "step":
+                event["what"] += f", {request.allocator}, process {request.part + 1}"
+            yield event
+        others = start.others(load.Used.now()) if start else None
+        most = max(most, others or 0.0)
+        yield {"event": "load", "when": "during", "others": others}
+    if load.busy(most):
+        yield {
+            "event": "note",
+            "text": f"The machine was busy: other processes used up to {most:.0%} of the "
+            "processors' time while a process measured. Measure again when it is quiet.",
+        }
 
 
 def allocators(device: str) -> tuple[str, ...]:
@@ -114,7 +177,7 @@ def allocators(device: str) -> tuple[str, ...]:
 
 def child_environment(allocator: str, present: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment of the process that measures with this allocator."""
-    ours = {name for settings in ALLOCATORS.values() for name in settings}
+    ours = {name for settings in ALLOCATORS.values() for name in settings} | {"GLIBC_TUNABLES"}
     return {
         # What the user has set would make the default something else.
         **{name: value for name, value in present.items() if name not in ours},
@@ -147,6 +210,8 @@ def measured(request: Request) -> Iterator[Event]:
             status = process.wait()
         finally:
             process.kill()  # nothing, if it has ended
+        if status == -signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C goes to both of us, and may reach it first
         if status != 0:
             said.seek(0)
             words = said.read().strip().splitlines() or ["nothing"]
@@ -157,15 +222,14 @@ def measured(request: Request) -> Iterator[Event]:
             )
 
 
-def _busy() -> list[str]:
-    """Say that other processes are running, if they are: paired times bear it to a degree."""
-    load, cores = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    if load <= BUSY * cores:
-        return []
-    return [
-        f"The machine was busy at the start: load {load:.1f} on {cores} cores. Measure again when "
-        "it is quiet."
-    ]
+def _check_disabled() -> None:
+    """Refuse what would be passed over, and then measure what the user thinks is turned off."""
+    for name in filter(None, os.environ.get(_DISABLE, "").split(",")):
+        if name not in _BACKENDS:
+            raise ArgumentError(
+                f"{_DISABLE} names {name!r}, which cannot be turned off. Expected: "
+                f"{', '.join(_BACKENDS)}."
+            )
 
 
 def _check_device(device: str) -> None:

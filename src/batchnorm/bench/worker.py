@@ -1,7 +1,8 @@
 """Measures a suite in one process, and tells what it finds line by line as JSON.
 
-A process of its own, because the allocator is set up by environment variables before it starts.
-`runner` starts it: `python -m batchnorm.bench.worker REQUEST`.
+A process of its own, because the allocator is set up by environment variables before it starts, and
+because processes differ; `merge` puts together what several have found. `runner` starts it:
+`python -m batchnorm.bench.worker REQUEST`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 
 import torch
 
-from batchnorm.bench import cases, check, measure, peers
-from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, Case
+from batchnorm.bench import cases, check, estimate, measure, peers
+from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SIZE_FUSION, SIZE_PASSES, Case
 from batchnorm.bench.environment import environment
 from batchnorm.bench.measure import Times
 from batchnorm.bench.peers import COMPILE, COPY, EAGER, OURS, PEERS, Contender, Problem
 
 Event = dict[str, Any]
-"""`event` says what it is: environment, step (before each measurement), row, size or note."""
+"""`event` says what it is: environment, kernels, step (which comes first), row, size or note."""
 
 #: The allocator as it is.
 DEFAULT = "default"
@@ -32,13 +33,15 @@ DEFAULT = "default"
 FEW_FAULTS = 0.1
 PAGE = 4096
 
-#: A size of the sweep is measured without fusions, which would say the same again.
-SIZE_PASSES, SIZE_FUSION = ("forward", "forward+backward"), "bn"
-
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure; the allocator is a label here, and has been set up before."""
+    """What to measure; the allocator is a label here, and has been set up before.
+
+    Attributes:
+        part: which of the processes this is. The first one compares the results with float64; the
+            others compute the same again.
+    """
 
     suite: str
     text: str
@@ -46,6 +49,7 @@ class Request:
     threads: int | None
     allocator: str
     seed: int
+    part: int = 0
 
 
 def work(request: Request) -> Iterator[Event]:
@@ -62,22 +66,25 @@ def work(request: Request) -> Iterator[Event]:
         yield from _size(request, suite, case)
 
 
-def steps(suite: cases.Suite) -> int:
-    """How many steps `work` announces."""
-    return len(suite.cases) * len(FUSIONS) * len(PASSES) + len(suite.sizes) * len(SIZE_PASSES)
-
-
 def _fusion(
     request: Request, suite: cases.Suite, case: Case, fusion: str, problem: Problem
 ) -> Iterator[Event]:
     contenders = [make(case, fusion, request.device) for make in (peers.ours, peers.eager)]
     if case in suite.compiled:
         contenders.append(peers.compiled(case, fusion, request.device))
+    if request.part == 0:
+        yield {"event": "kernels", "native": natively(contenders[0], problem)}
     for mode in PASSES:
         yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
-        verdicts, failures = _judged(contenders, problem, mode, fusion)
+        failures = _prepared(contenders, problem, mode)
         for failure in failures:
             yield _note(failure)
+        verdicts = {}
+        if request.part == 0:
+            for contender in contenders:
+                seen = check.observe(contender, problem, mode)
+                verdicts[contender.name] = check.judge(seen, problem, mode, fusion)
+                del seen
         known = {
             "case": case.name,
             "dtype": case.dtype_name,
@@ -87,24 +94,33 @@ def _fusion(
             "allocator": request.allocator,
         }
         times = None
-        if verdicts[OURS].right:
+        if not verdicts or verdicts[OURS].right:
             times = _times(request, suite, problem, contenders, mode)
             allowed = max(1, FEW_FAULTS * case.bytes / PAGE)
             if request.allocator != DEFAULT and _faults(times) > allowed:
                 yield _note(f"There were still page faults: {request.allocator}, {case.title}.")
         for peer in PEERS:
-            if peer in verdicts:
-                yield {"event": "row", **known, **_row(mode, fusion, peer, verdicts, times)}
+            if any(contender.name == peer for contender in contenders):
+                found = {**_errors(peer, verdicts), **_found(mode, fusion, peer, times)}
+                yield {"event": "row", **known, "peer": peer, **found}
 
 
-def _judged(
-    contenders: list[Contender], problem: Problem, mode: str, fusion: str
-) -> tuple[dict[str, check.Verdict], list[str]]:
-    """Compare everyone's results with float64; who cannot be compiled leaves, and it says why."""
-    verdicts, failures = {}, []
+def natively(contender: Contender, problem: Problem) -> bool:
+    """Whether our C++ operators do the work, as torch's own record of a call has it."""
+    contender.reset(problem, training=True)
+    with torch.autograd.profiler.profile(use_kineto=False) as record:
+        contender.step(problem, "forward")()
+    return any(event.name.startswith("batchnorm::") for event in record.function_events)
+
+
+def _prepared(contenders: list[Contender], problem: Problem, mode: str) -> list[str]:
+    """Call everyone once; who cannot be compiled leaves, and it says why."""
+    failures = []
     for contender in tuple(contenders):
+        contender.reset(problem, training=mode != "inference")
         try:
-            seen = check.observe(contender, problem, mode)
+            with torch.set_grad_enabled(mode != "inference"):
+                contender.step(problem, mode)()
         except Exception as error:
             if contender.name != COMPILE:
                 raise
@@ -112,9 +128,7 @@ def _judged(
             contenders.remove(contender)
             first = next(iter(str(error).splitlines()), "")
             failures.append(f"Without torch.compile, {type(error).__name__}: {first}")
-        else:
-            verdicts[contender.name] = check.judge(seen, problem, mode, fusion)
-    return verdicts, failures
+    return failures
 
 
 def _note(text: str) -> Event:
@@ -136,45 +150,38 @@ def _times(
         contender.reset(problem, training=mode != "inference")
         calls[contender.name] = contender.step(problem, mode)
     synchronize = torch.cuda.synchronize if request.device == "cuda" else lambda: None
+    seed = request.seed + request.part  # the same data, other orders
     with torch.set_grad_enabled(mode != "inference"):
-        return measure.rounds(calls, suite.rounds, seed=request.seed, synchronize=synchronize)
+        return measure.rounds(calls, suite.rounds, seed=seed, synchronize=synchronize)
 
 
-def _row(
-    mode: str,
-    fusion: str,
-    peer: str,
-    verdicts: dict[str, check.Verdict],
-    times: dict[str, Times] | None,
-) -> Event:
-    """Return what a row says about this peer; without times, our result was wrong."""
-    errors = {
+def _errors(peer: str, verdicts: dict[str, check.Verdict]) -> Event:
+    """Return what the comparison has shown, or nothing where there was none."""
+    if not verdicts:
+        return {}
+    return {
         "error": verdicts[OURS].error,
         "error_bound": verdicts[OURS].bound,
         "error_where": verdicts[OURS].where,
         "peer_error": verdicts[peer].error,
     }
+
+
+def _found(mode: str, fusion: str, peer: str, times: dict[str, Times] | None) -> Event:
+    """Return the ratios round by round, and medians; without times, our result was wrong."""
     if times is None:
-        nothing = dict.fromkeys(
-            ("ratio", "interval", "bandwidth_fraction", "ours_us", "peer_us", "copy_us", "faults")
-        )
-        return {"peer": peer, **nothing, "status": "wrong result", **errors, "rounds": 0}
+        return {"status": "wrong result"}
     ours, copy = times[OURS].seconds, times[COPY].seconds
-    ratio = measure.paired(times[peer].seconds, ours)
     # (floor / our time) / (bytes of a copy / its time), round by round too.
-    share = FLOORS[mode, fusion] / cases.COPY * measure.paired(copy, ours).value
+    share = statistics.median(estimate.ratios(copy, ours))
     return {
-        "peer": peer,
-        "ratio": ratio.value,
-        "interval": [ratio.low, ratio.high],
-        "bandwidth_fraction": share,
+        "status": "ok",
+        "ratios": estimate.ratios(times[peer].seconds, ours),
+        "bandwidth_fraction": FLOORS[mode, fusion] / cases.COPY * share,
         "ours_us": times[OURS].us,
         "peer_us": times[peer].us,
         "copy_us": times[COPY].us,
         "faults": _faults(times),
-        "status": "ok",
-        **errors,
-        "rounds": len(ours),
     }
 
 
@@ -188,9 +195,11 @@ def _size(request: Request, suite: cases.Suite, case: Case) -> Iterator[Event]:
     contenders = [make(case, SIZE_FUSION, request.device) for make in (peers.ours, peers.eager)]
     for mode in SIZE_PASSES:
         yield {"event": "step", "what": f"{case.title}, {mode}, {SIZE_FUSION}"}
-        seen = check.observe(contenders[0], problem, mode)
-        right = check.judge(seen, problem, mode, SIZE_FUSION).right
-        del seen
+        right = True
+        if request.part == 0:
+            seen = check.observe(contenders[0], problem, mode)
+            right = check.judge(seen, problem, mode, SIZE_FUSION).right
+            del seen
         times = _times(request, suite, problem, contenders, mode) if right else None
         yield {
             "event": "size",

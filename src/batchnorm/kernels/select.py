@@ -9,6 +9,7 @@ statistics of the same kind.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class Backend:
 def backends() -> tuple[Backend, ...]:
     """What is built, what is used for which calls, and why not for others.
 
-    The first backend that can serve a call does.
+    In this order: the first that can serve a call does.
 
     Example:
         >>> import batchnorm
@@ -52,23 +53,29 @@ def backends() -> tuple[Backend, ...]:
         >>> print(batchnorm.backends()[-1])
         reference: serves everything else: any device, dtype, layout and mask, ...
     """
+    disabled = os.environ.get("BATCHNORM_DISABLE", "").split(",")
+    unknown = ", ".join(repr(name) for name in disabled if name not in ("", "native"))
     return (
         Backend(
             "native",
             native.MISSING is None,
             "eager calls on the CPU: float32, float64, float16 and bfloat16, any layout, channel "
             "axis and mask, activation and residual fused",
-            native.MISSING
-            or f"C++ kernels, here with {native.INSTRUCTIONS[native.LEVELS - 1]} instructions; "
-            "what is compiled, exported or transformed must be operations that torch sees through",
+            (
+                native.MISSING
+                or f"C++ kernels, here with {native.INSTRUCTIONS[native.LEVELS - 1]} instructions; "
+                "what is compiled, exported or transformed must be operations that torch sees "
+                "through"
+            )
+            + (f"; BATCHNORM_DISABLE names {unknown}, expected native" if unknown else ""),
         ),
         Backend(
             "aten",
             True,
-            "contiguous float32 on the CPU, channel_dim=1, no mask, no transform or compilation, "
-            f"|mean| <= {aten.MAX_OFFSET:g} σ in every channel, at most {aten.MAX_DENSE_COUNT} "
-            f"values per channel in (N, C) input, backward at most {aten.MAX_PLANE} values per "
-            "plane; and evaluation in exported graphs, as one node",
+            "what native leaves of contiguous float32 on the CPU, channel_dim=1, no mask, no "
+            f"transform or compilation, |mean| <= {aten.MAX_OFFSET:g} σ in every channel, at most "
+            f"{aten.MAX_DENSE_COUNT} values per channel in (N, C) input, backward at most "
+            f"{aten.MAX_PLANE} values per plane; and evaluation in exported graphs, as one node",
             "torch's kernels lose precision in proportion to |mean|/σ, and to the number of values "
             "that they sum one after the other",
         ),

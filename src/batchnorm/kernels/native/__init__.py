@@ -48,8 +48,9 @@ NOT_SERVED = -1
 INSTALL = (
     "they are not built on Windows"
     if sys.platform == "win32"
-    else "install a C++17 compiler (g++ or clang++) and build again, in the clone, where torch is "
-    "installed: pip install --no-build-isolation --force-reinstall --no-deps ."
+    else "install a C++17 compiler (g++ or clang++) and build again with "
+    "`pip install --no-build-isolation --force-reinstall --no-deps .` in the clone, where torch is "
+    "installed"
 )
 
 
