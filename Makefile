@@ -69,7 +69,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stam
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/lab.stamp
 
-# How fast the layer is here, beside torch: 15 minutes on a quiet machine; SUITE=quick takes one.
+# How fast the layer is here, beside torch: half an hour on a quiet machine; SUITE=quick takes one minute.
 SUITE ?= full
 bench: $(VENV)/lab.stamp
 	$(BIN)/batchnorm bench --suite $(SUITE) \

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from batchnorm import BatchNorm, Renorm
-from batchnorm.bench import measure
+from batchnorm.bench import estimate, measure
 from batchnorm.bench.environment import environment
 from batchnorm.sync import Synchronizer
 
@@ -148,7 +148,7 @@ def grouped() -> list[dict[str, Any]]:
                 ("ghost", "virtual_batch_size", "plain"),
                 ("renorm", "renorm", "plain"),
             ):
-                ratio = measure.paired(times[against].seconds, times[of].seconds)
+                ratios = estimate.ratios(times[against].seconds, times[of].seconds)
                 rows.append(
                     {
                         "what": what,
@@ -156,8 +156,8 @@ def grouped() -> list[dict[str, Any]]:
                         "groups": shape[0] // size,
                         "pass": mode,
                         "peer": against,
-                        "ratio": ratio.value,
-                        "interval": [ratio.low, ratio.high],
+                        "ratio": statistics.median(ratios),
+                        "interval": estimate.interval(ratios),
                         "ours_us": times[of].us,
                         "peer_us": times[against].us,
                     }
@@ -205,15 +205,15 @@ def shared(rank: int, folder: Path) -> None:
             messages[name] = {kind: list(sent) for kind, sent in _counted.items()}
         seconds = in_step(calls)
         for peer in ("torch's algorithm", "ours alone", "torch's layer alone"):
-            ratio = measure.paired(seconds[peer], seconds["ours"])
+            ratios = estimate.ratios(seconds[peer], seconds["ours"])
             rows.append(
                 {
                     "what": "sync",
                     "case": "x".join(map(str, shape)),
                     "pass": "forward+backward",
                     "peer": peer,
-                    "ratio": ratio.value,
-                    "interval": [ratio.low, ratio.high],
+                    "ratio": statistics.median(ratios),
+                    "interval": estimate.interval(ratios),
                     "ours_us": statistics.median(seconds["ours"]) * 1e6,
                     "peer_us": statistics.median(seconds[peer]) * 1e6,
                     "messages": messages["ours"],
