@@ -121,7 +121,8 @@ def restarted(rank, how, momentum):
         for step in range(20):
             other(batch(0, 0, step))
         layer.load_state_dict(other.state_dict())
-        sync_statistics(layer)
+        if how == "loaded":
+            sync_statistics(layer)
     for step in range(rank + 1):
         layer(batch(rank, 1, step))
     before = state(layer)
@@ -191,7 +192,7 @@ def work(rank, world, folder):
     }
     for function in (identical, banks, skipped, uncounted, changed, subgroup):
         results[function.__name__] = function(rank)
-    for how in ("reset", "loaded"):
+    for how in ("reset", "loaded", "loaded and not told"):
         for momentum in MOMENTA:
             results[f"restarted {how} {momentum}"] = restarted(rank, how, momentum)
     for name in DIFFERENT:
@@ -355,6 +356,13 @@ def test_what_differs_without_a_batch_is_worth_the_same(results):
 def test_a_reset_forgets_what_was_shared(results, momentum):
     counts = range(1, len(results) + 1)
     assert_mixture(results, f"restarted reset {momentum}", counts, sum(counts))
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_loading_forgets_what_was_shared(results, momentum):
+    """The number of batches cannot tell: there are more than before."""
+    counts = range(21, len(results) + 21)
+    assert_mixture(results, f"restarted loaded and not told {momentum}", counts, sum(counts))
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)

@@ -355,6 +355,13 @@ def test_different_paths():
         forward_together(
             model, x.split(SPLIT), step=lambda net, p: net(p) if len(p) > 1 else net.lift(p)
         )
+    # One ends where the others pass the same layer again.
+    with pytest.raises(InputError, match=r"one at BatchNorm.*, one done"):
+        forward_together(
+            nn.Sequential(model.twice),
+            torch.randn(12, 3, 5, dtype=torch.float64).split(SPLIT),
+            step=lambda net, p: net(net(p)) if len(p) > 1 else net(p),
+        )
     assert unchanged(model, before)
     assert switches(model) == state
 
