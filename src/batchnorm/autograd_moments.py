@@ -48,7 +48,8 @@ class _Moments(torch.autograd.Function):
         found = select.moments(x, mask, channel_dim)
         ctx.channel_dim = channel_dim
         ctx.mark_non_differentiable(found.count)
-        ctx.save_for_backward(x, mask, found.count, found.mean)
+        # Detached, here and below: hooks that keep an output as it is would close a circle.
+        ctx.save_for_backward(x, mask, found.count, found.mean.detach())
         return found.count, found.mean, found.m2
 
     @staticmethod
@@ -86,7 +87,8 @@ class _Normalize(torch.autograd.Function):
         y = select.normalize(x, mean, var, weight, bias, residual, **ctx.options)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         # The activation's slope is told from the sign of y.
-        ctx.save_for_backward(x, weight, None if activation is None else y, mask, mean, var)
+        sign = None if activation is None else y.detach()
+        ctx.save_for_backward(x, weight, sign, mask, mean, var)
         return y
 
     @staticmethod

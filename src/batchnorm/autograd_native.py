@@ -39,7 +39,7 @@ def step(
         return None
     mean, var, counter = running
     momentum, eps, channel_dim, activation = settings
-    share = _share(momentum, counter)
+    share = 0.0 if momentum is None and mean is None else _share(momentum, counter)
     flags, after = (0, None) if activation is None else _fused(activation)
     if (
         share is None

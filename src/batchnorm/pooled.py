@@ -125,7 +125,8 @@ def normalize_together(
         population.sync.agree(x, channel_dim)
     moments = meet(autograd_moments.moments_of(x, mask, channel_dim))
     mean, var = moments.mean, moments.variance()
-    weight, bias = _affine(mean, var, weight, bias, eps, population)
+    # No history: nothing of this will be done again, and these statistics hold their graph.
+    weight, bias = _affine(mean, var, weight, bias, eps, population._replace(history=None))
     fused = activation if isinstance(activation, str) else None
     y = autograd_moments.normalize_by(
         x, weight, bias, residual, mask, mean, var, eps, fused, channel_dim
@@ -268,10 +269,11 @@ def _affine(
     renorm = population.renorm
     if renorm is None or running_mean is None or running_var is None:
         return weight, bias
+    again = population.history is not None and select.recomputed_later()
     with torch.no_grad():
         found = _recalled(mean, var, population.history) if select.recomputing() else None
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
-        if population.history is not None and select.recomputed_later():
+        if population.history is not None and again:
             population.history.append((mean, var, r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias

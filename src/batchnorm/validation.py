@@ -217,9 +217,9 @@ def check_shared_count(total: float) -> None:
     """
     if 0 < total < MIN_COUNT:
         raise InputError(
-            "expected more than 1 value per channel to normalise by the statistics of all "
-            f"processes' batches, got a total weight of {total:g}. Use larger batches; or, with "
-            "running statistics, eval()"
+            "expected more than 1 value per channel to normalise by the statistics that batches "
+            f"share, got a total weight of {total:g}. Use larger batches; or, with running "
+            "statistics, eval()"
         )
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import tanh
+from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, Renorm
 from batchnorm.kernels import native
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -345,3 +346,20 @@ def test_the_output_is_kept_where_it_tells_the_activations_side(activation):
     kept = {t.untyped_storage().data_ptr() for t in saved}
     assert (y.untyped_storage().data_ptr() in kept) == (activation == "relu")
     assert residual.untyped_storage().data_ptr() not in kept
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_renorm_remembers_only_forward_passes_that_may_be_done_again(reentrant):
+    """And a pass done again, after the running statistics have moved, gives the same."""
+    layer = BatchNorm(4, renorm=Renorm(r_max=2, d_max=1, r_steps=(0, 0), d_steps=(0, 0)))
+    x, cotangent = torch.randn(8, 4) + 1, torch.randn(8, 4)
+    twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(twin(leaf), leaf, cotangent)
+    assert not twin._history
+    y = checkpoint(layer, leaf, use_reentrant=reentrant)
+    for _ in range(3):
+        layer(torch.randn(8, 4) - 5)
+    assert len(layer._history) == 1
+    y.backward(cotangent)
+    assert torch.equal(leaf.grad, expected)

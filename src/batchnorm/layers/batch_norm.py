@@ -41,8 +41,9 @@ Collect = Callable[["BatchNorm", Any, Moments], None]
 """Takes the moments of a batch of a layer, in place of the running statistics of the layer itself
 or of one of its banks, which is the second argument."""
 
-Together = Callable[["BatchNorm", Running], Callable[[Moments], Moments] | None]
-"""Gives what turns a micro-batch's moments into those of all that pass the layer together."""
+Together = Callable[["BatchNorm", Any], Callable[[Moments], Moments] | None]
+"""Gives what turns a micro-batch's moments into those of all that pass the layer together, which
+the layer itself or one of its banks, the second argument, will take in."""
 
 
 class BatchNorm(WideStatistics, _BatchNorm):
@@ -298,7 +299,7 @@ class BatchNorm(WideStatistics, _BatchNorm):
             if self.renorm or self.virtual_batch_size or self.process_group:
                 population = self._population(running)
             if self._together is not None:
-                meet = self._together(self, running)
+                meet = self._together(self, bank)
                 if meet is not None:
                     population = population or Population(reference=running)
                     return normalize_together(
@@ -318,11 +319,14 @@ class BatchNorm(WideStatistics, _BatchNorm):
             self.warn_nonfinite(refused)
         return y
 
-    def warn_nonfinite(self, refused: Tensor) -> None:
-        """Tell, the first time, which channels' statistics were left as they were."""
+    def warn_nonfinite(self, refused: Tensor, name: str | None = None) -> None:
+        """Tell, the first time, which channels' statistics were left as they were.
+
+        A name says which layer it is where no model is running that could tell.
+        """
         if not self._told_nonfinite:
             self._told_nonfinite = True
-            message = f"{self._location()}: {nonfinite_message(refused)}"
+            message = f"{self._location(name)}: {nonfinite_message(refused)}"
             warnings.warn(message, NonFiniteWarning, stacklevel=2)
 
     def check_bank(self, name: str, *, affine: bool = False) -> None:
@@ -335,7 +339,7 @@ class BatchNorm(WideStatistics, _BatchNorm):
         if (
             not isinstance(name, str)
             or not name.isidentifier()
-            or hasattr(torch.nn.ModuleDict, name)
+            or hasattr(torch.nn.ModuleDict(), name)
         ):
             raise ArgumentError(
                 f"expected the name of a bank to be a word such as 'fake', got {name!r}"
@@ -400,17 +404,19 @@ class BatchNorm(WideStatistics, _BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchNorm:
-        # Processes are shared, not copied.
+        # Processes are shared, not copied; what goes on around this layer does not concern a copy.
         memo[id(self.process_group)] = self.process_group
-        memo[id(self._sync)] = memo[id(self._history)] = None
+        for passing in (self._sync, self._history, self._collect, self._together):
+            memo[id(passing)] = None
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__ | {"_bank": None}, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {
             "_sync": None,
+            "_bank": None,
             "_collect": None,
             "_together": None,
             "_history": None,
@@ -424,13 +430,12 @@ class BatchNorm(WideStatistics, _BatchNorm):
             state["process_group"] = WORLD
         return state
 
-    def _location(self) -> str:
+    def _location(self, name: str | None = None) -> str:
         """This layer as the user knows it: its name in the outermost module that is running."""
         kind = f"{type(self).__name__}({self.num_features})"
         if torch.compiler.is_compiling():
             return kind  # Dynamo cannot look at frames, and shows by itself where the call was.
-        name = None
-        frame = inspect.currentframe()
+        frame = None if name else inspect.currentframe()
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
                 seen = frame.f_locals
@@ -442,7 +447,7 @@ class BatchNorm(WideStatistics, _BatchNorm):
                     names = (n for n, module in owner.named_modules() if module is self)
                     name = next(names, name)
             frame = frame.f_back
-        return kind if name is None else f"layer {name!r}, {kind}"
+        return kind if not name else f"layer {name!r}, {kind}"
 
     def extra_repr(self) -> str:
         """torch's, and what differs from the defaults of this class."""

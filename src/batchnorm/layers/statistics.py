@@ -8,6 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+#: Under this name a layer remembers what it shared last: see `sync_statistics`.
+SHARED = "_last_shared"
+
 
 class WideStatistics(nn.Module):
     """Keeps `running_mean` and `running_var` in float32 at least, whatever the module becomes.
@@ -34,6 +37,7 @@ class WideStatistics(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__.pop(SHARED, None)
         # With assign=True a checkpoint in half precision brings its own buffers.
         self._widen_statistics()
 
@@ -55,8 +59,9 @@ class StatisticsBank(WideStatistics):
 
     def __init__(self, layer: Any, affine: bool) -> None:
         super().__init__()
-        for name, buffer in layer.named_buffers(recurse=False):
-            self.register_buffer(name, buffer.detach().clone())
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = getattr(layer, name)
+            self.register_buffer(name, None if buffer is None else buffer.detach().clone())
         for name in ("weight", "bias"):
             parameter = getattr(layer, name) if affine else None
             if parameter is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm
-from batchnorm.tools.layers import batch_norms
+from batchnorm.tools.layers import batch_norms, keepers
 
 #: Under this name a layer keeps what `unfreeze` is to give back.
 _KEPT = "_before_freezing"
@@ -55,7 +57,10 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) ->
         if statistics:
             _freeze_statistics(layer)
         if affine:
-            _freeze_affine(layer)
+            _remember(layer)
+    # Afterwards: layers may share a parameter.
+    for _, layer in layers if affine else ():
+        _freeze_affine(layer)
 
 
 def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) -> None:
@@ -73,19 +78,35 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) 
         if statistics:
             _unfreeze_statistics(layer)
         if affine:
-            for module in layer.modules():
-                for name, wanted in module.__dict__.pop(_KEPT, {}).items():
-                    module.get_parameter(name).requires_grad_(wanted)
+            _unfreeze_affine(layer)
+
+
+def _affine(keeper: Any) -> dict[str, nn.Parameter]:
+    own = dict(keeper.named_parameters(recurse=False))
+    return {name: own[name] for name in ("weight", "bias") if name in own}
+
+
+def _remember(layer: _BatchNorm) -> None:
+    for keeper in keepers(layer):
+        kept = keeper.__dict__.setdefault(_KEPT, {})
+        for name, parameter in _affine(keeper).items():
+            kept.setdefault(name, parameter.requires_grad)
 
 
 def _freeze_affine(layer: _BatchNorm) -> None:
-    for module in layer.modules():  # the banks too
-        kept = module.__dict__.setdefault(_KEPT, {})
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in ("weight", "bias"):
-                kept.setdefault(name, parameter.requires_grad)
-                parameter.requires_grad_(False)
-                parameter.grad = None
+    for keeper in keepers(layer):
+        for parameter in _affine(keeper).values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _unfreeze_affine(layer: _BatchNorm) -> None:
+    kept = layer.__dict__.get(_KEPT, {})
+    for keeper in keepers(layer):
+        # A bank that was made of a frozen layer has copies of frozen parameters.
+        before = keeper.__dict__.pop(_KEPT, kept)
+        for name, parameter in _affine(keeper).items():
+            parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
 def _freeze_statistics(layer: _BatchNorm) -> None:
@@ -95,6 +116,8 @@ def _freeze_statistics(layer: _BatchNorm) -> None:
         # torch's layers ask `training` only: it is False while they run, and what it was after.
         layer.register_forward_pre_hook(_evaluate, prepend=True)
         layer.register_forward_hook(_restore, always_call=True)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not see hooks that come later
 
 
 def _unfreeze_statistics(layer: _BatchNorm) -> None:

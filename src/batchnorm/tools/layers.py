@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +29,13 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             f"got a {type(model).__name__} with none"
         )
     yield from found
+
+
+def keepers(layer: _BatchNorm) -> list[Any]:
+    """A layer and its banks, if it has any: what keeps running statistics, γ and β."""
+    # Not layer.modules(): an activation, too, may be a module with a weight or with statistics.
+    banks: Any = layer._modules.get("banks") if isinstance(layer, BatchNorm) else None
+    return [layer, *(banks.values() if banks is not None else ())]
 
 
 def own_batch_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:

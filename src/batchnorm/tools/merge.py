@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import SyncError
+from batchnorm.layers.statistics import SHARED
 from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.sync import WORLD, Group, Synchronizer, check_group, resolve
-from batchnorm.tools.layers import batch_norms
-
-#: Under this name a layer remembers what it shared last.
-_SHARED = "_last_shared"
+from batchnorm.tools.layers import batch_norms, keepers
 
 
 @torch.no_grad()
@@ -25,9 +24,13 @@ def sync_statistics(model: nn.Module, process_group: Group = None) -> None:
 
     nᵢ is the number of batches behind process i's statistics since the processes last had the same.
     (An average of the variances alone would leave out what lies between the processes.) With
-    `momentum=None` this is the average that one process would have that saw all batches, however
-    often it is done. Processes that have the same statistics already keep them. Before evaluation
-    in data-parallel training, for the averaged copy of a model, for federated clients.
+    `momentum=None`, meanᵢ and varᵢ are of those batches alone, and the result joins what was shared
+    before in one plain average: the mean is that of one process that saw all batches, however often
+    this is done. Processes that have the same statistics already keep them. Before evaluation in
+    data-parallel training, for the averaged copy of a model, for federated clients.
+
+    What the processes had in common is known since they last called this: call it after loading a
+    checkpoint on all of them, too, or its batches count as many times as there are processes.
 
     Args:
         model: with any batch norm layers, the same on all processes; banks take part.
@@ -45,38 +48,56 @@ def sync_statistics(model: nn.Module, process_group: Group = None) -> None:
     """
     group = WORLD if process_group is None else process_group
     check_group(group)
-    keepers: list[tuple[Any, bool]] = [
+    found: list[tuple[Any, bool]] = [
         (keeper, layer.momentum is None)
         for _, layer in batch_norms(model)
-        for keeper in layer.modules()
-        if getattr(keeper, "running_mean", None) is not None
+        for keeper in keepers(layer)
+        if keeper.running_mean is not None
     ]
     group = resolve(group)
-    if group is None or not keepers:
+    if group is None:
         return
     sync = Synchronizer(group)
-    rows = torch.cat([_row(keeper) for keeper, _ in keepers])
-    sizes = [float(len(keeper.running_mean)) for keeper, _ in keepers]
-    # Two numbers whose equality means that the channels of all layers are the same, in order.
-    shape = rows.new_tensor([len(rows), sum(k * size for k, size in enumerate(sizes, 1))])
-    if (sync.gather(shape) != shape).any():
+    devices = [keeper.running_mean.device for keeper, _ in found]
+    device = devices[0] if found else next(model.parameters(), torch.empty(0)).device
+    described = torch.tensor([_description(model)], device=device)
+    if (sync.gather(described) != described).any():
         raise SyncError(
-            "expected the same batch norm layers on all processes, got models that differ in them"
+            "expected the same batch norm layers, with the same banks, on all processes, got "
+            "models that differ in them"
         )
-    for (keeper, average), everyones in zip(
-        keepers, sync.gather(rows).split([2 + 2 * int(size) for size in sizes], 1), strict=True
-    ):
-        _share(keeper, everyones, average)
+    if not found:
+        return
+    rows = [_row(keeper).to(device) for keeper, _ in found]
+    everyones = sync.gather(torch.cat(rows)).split([len(row) for row in rows], 1)
+    for (keeper, average), of_one in zip(found, everyones, strict=True):
+        _share(keeper, of_one.to(keeper.running_mean.device), average)
+
+
+def _description(model: nn.Module) -> int:
+    """A number that is the same only for models whose statistics can be merged."""
+    every = [
+        (
+            sorted(name for name, bank in layer.named_modules() if bank is keeper),
+            None if keeper.running_mean is None else len(keeper.running_mean),
+            keeper.num_batches_tracked is None,
+            layer.momentum is None,
+        )
+        for _, layer in batch_norms(model)
+        for keeper in keepers(layer)
+    ]
+    return int.from_bytes(hashlib.sha256(repr(every).encode()).digest()[:7])
 
 
 def _row(keeper: Any) -> Tensor:
     """Batches, batches shared before, mean and variance."""
     mean = keeper.running_mean
     wide = accumulation_dtype(mean.device)
-    counts = mean.new_zeros(2, dtype=wide)
     # Without a counter, one batch is as much as another.
-    counts[0] = 1 if keeper.num_batches_tracked is None else keeper.num_batches_tracked
-    counts[1] = getattr(keeper, _SHARED, (0,))[0]
+    batches = 1 if keeper.num_batches_tracked is None else int(keeper.num_batches_tracked)
+    shared, *_ = getattr(keeper, SHARED, (0,))
+    # Fewer batches than were shared: the statistics were reset, or others loaded, since then.
+    counts = mean.new_tensor([batches, shared if shared <= batches else 0], dtype=wide)
     return torch.cat([counts, mean.to(wide), keeper.running_var.to(wide)])
 
 
@@ -87,21 +108,26 @@ def _share(keeper: Any, everyones: Tensor, average: bool) -> None:
     mean, var = everyones[:, 2:].split(channels, 1)
     before = shared[0] if bool((shared == shared[0]).all()) else torch.zeros_like(shared[0])
     since = batches - before
-    if not bool((everyones == everyones[0]).all()) and since.sum() > 0:
+    if not bool((everyones == everyones[0]).all()):
+        join = average and bool((before > 0) & (since.sum() > 0))
+        if join:
+            _, *old = (torch.as_tensor(value).to(everyones) for value in getattr(keeper, SHARED))
+            weight = (batches / since.clamp(min=1))[:, None]
+            mean, var = old[0] + (mean - old[0]) * weight, old[1] + (var - old[1]) * weight
+            var = var.clamp(min=0)  # of rounding only
+        # Statistics that differ without any batch are worth the same.
+        weights = since if since.sum() > 0 else torch.ones_like(since)
+        merged = Moments(weights, mean, var * weights[:, None]).merged()
+        mean, var = merged.mean, merged.variance()
         total = before + since.sum()
-        if average and before > 0:
-            # All averages contain what was shared; once is enough.
-            _, *old = getattr(keeper, _SHARED)
-            batches = torch.cat([batches, before[None] * (1 - len(batches))])
-            mean, var = (torch.cat([v, o[None]]) for v, o in zip((mean, var), old, strict=True))
-        else:
-            batches = since
-        merged = Moments(batches, mean, var * batches[:, None]).merged()
-        keeper.running_mean.copy_(merged.mean)
-        keeper.running_var.copy_(merged.variance())
+        if join:
+            mean = old[0].lerp(mean, since.sum() / total)
+            var = old[1].lerp(var, since.sum() / total)
+        keeper.running_mean.copy_(mean)
+        keeper.running_var.copy_(var)
         if keeper.num_batches_tracked is not None:
             keeper.num_batches_tracked.fill_(int(total))
     if keeper.num_batches_tracked is not None:
         wide = everyones.dtype
         kept = (keeper.running_mean.to(wide), keeper.running_var.to(wide))
-        setattr(keeper, _SHARED, (int(keeper.num_batches_tracked), *(t.clone() for t in kept)))
+        setattr(keeper, SHARED, (int(keeper.num_batches_tracked), *(t.clone() for t in kept)))

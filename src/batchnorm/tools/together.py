@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm.errors import ArgumentError, InputError
+from batchnorm.errors import ArgumentError, BatchNormError, InputError
+from batchnorm.kernels import select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments
-from batchnorm.running import Running, take_in
+from batchnorm.tools.accumulate import take
 from batchnorm.tools.layers import own_batch_norms
 
 Step = Callable[[nn.Module, Any], Any]
@@ -31,13 +34,15 @@ def forward_together(
     Each batch norm layer waits until all micro-batches have come, merges their moments, and
     normalises each by those of all; gradients go through them, to any order. Outputs, gradients,
     running statistics (one update) and the count of batches are those of the union of the
-    micro-batches in one forward pass.
+    micro-batches in one forward pass. (Where a forward pass calls a layer with renorm more than
+    once, all calls draw toward the running statistics before it.)
 
     The price: the activations of all micro-batches are kept until the backward pass, as those of
-    the large batch would be, and every batch norm layer works in plain torch operations. With
-    `offload` they are kept in the host's memory, so the device holds those of one layer at a time;
-    each goes there and back once. No forward pass is repeated. (`accumulate_statistics` costs
-    nothing, but each micro-batch is normalised by its own statistics.)
+    the large batch would be; every batch norm layer works in plain torch operations, and a compiled
+    model runs uncompiled. With `offload` the activations are kept in the host's memory, so the
+    device holds those of one layer at a time; each goes there and back once. No forward pass is
+    repeated. (`accumulate_statistics` costs nothing, but each micro-batch is normalised by its own
+    statistics.)
 
     Args:
         model: all of whose batch norm layers are `BatchNorm`. In evaluation mode they have nothing
@@ -45,7 +50,8 @@ def forward_together(
         batches: micro-batches: tensors; tuples, whose first element is the input; or dicts of
             keyword arguments. They may differ in size, and are all in memory at once.
         step: called as step(model, batch) in place of that; what it returns, such as a loss, is
-            what comes back. Each runs in a thread of its own, one at a time, in order.
+            what comes back. Each runs in a thread of its own, and they take turns, in order: so
+            banks, `pause_statistics` and `accumulate_statistics` belong around this call.
         offload: keep what the backward pass needs in the host's memory.
 
     Returns:
@@ -53,10 +59,11 @@ def forward_together(
 
     Raises:
         ArgumentError: there are no such layers, or others beside them; or a layer has a
-            virtual_batch_size, which asks for the opposite.
+            virtual_batch_size, which asks for the opposite; or it is called within a `step`.
         InputError: the micro-batches did not all pass the same layers, or activation checkpointing
-            is used within, whose second forward passes could not wait for each other.
-            Statistics are not updated then, nor if anything else is raised.
+            is used within, whose second forward passes could not wait for each other, or a `step`
+            changes what the layers do. Statistics are not updated then, nor if anything else is
+            raised.
 
     Example:
         >>> import torch
@@ -67,30 +74,41 @@ def forward_together(
         >>> torch.allclose(torch.cat(outputs), model(batch), atol=1e-6)
         True
     """
-    layers = [layer for _, layer in own_batch_norms(model)]
-    for name, layer in own_batch_norms(model):
+    if isinstance(threading.current_thread(), _Walker):
+        raise ArgumentError("expected one forward_together at a time, got one within another")
+    names = {layer: name for name, layer in own_batch_norms(model)}
+    for layer, name in names.items():
         if layer.virtual_batch_size is not None:
             raise ArgumentError(
                 "expected layers without virtual_batch_size, which makes batches smaller where "
                 f"this makes them larger; got {layer} at {name!r}"
             )
-    meeting = _Meeting([_Walker(model, batch, step or _call, offload) for batch in batches])
+    walkers = [_Walker(model, batch, step or _call, offload) for batch in batches]
+    meeting = _Meeting(walkers, {layer: _switches(layer) for layer in names})
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in names:
             stack.callback(setattr, layer, "_together", layer._together)
             layer._together = meeting.merge
+        if "torch._dynamo" in sys.modules:
+            # Compiled code cannot wait for anyone.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         results = meeting.hold()
-    for layer, running, moments in meeting.updates:
-        refused = take_in(running, moments, layer.momentum)
-        if refused is not None:
-            layer.warn_nonfinite(refused)
+    # All of this may be within activation checkpointing, which does it again.
+    for layer, keeper, moments in () if select.recomputing() else meeting.updates:
+        take(layer, keeper, moments, names[layer])
     return results
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    first = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
+    return model(batch[0] if first else batch)
+
+
+def _switches(layer: BatchNorm) -> tuple[Any, ...]:
+    """What the tools that are used with `with` change."""
+    return layer._bank, layer.track_running_stats, layer._collect
 
 
 class _LeaveError(BaseException):
@@ -110,7 +128,7 @@ class _Walker(threading.Thread):
         self.hooks: Any = None
         self.at: BatchNorm | None = None
         self.brought: Moments | None = None
-        self.taken: Moments | None = None
+        self.taken: Moments | BatchNormError | None = None
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = False
@@ -144,6 +162,8 @@ class _Walker(threading.Thread):
         self.may_go.acquire()
         if self.taken is None:
             raise _LeaveError
+        if isinstance(self.taken, BatchNormError):
+            raise self.taken
         return self.taken
 
 
@@ -160,6 +180,7 @@ class _Surroundings:
             for kind in kinds
         ]
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.default_device = torch.get_default_device()
 
     def enter(self, stack: ExitStack) -> None:
         stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -168,14 +189,17 @@ class _Surroundings:
             stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
         if self.device is not None:
             stack.enter_context(torch.cuda.device(self.device))
+        if self.default_device != torch.get_default_device():
+            stack.enter_context(self.default_device)
 
 
 class _Meeting:
     """Lets walkers go one at a time, and merges what they bring to a layer."""
 
-    def __init__(self, walkers: list[_Walker]) -> None:
+    def __init__(self, walkers: list[_Walker], switches: dict[BatchNorm, tuple[Any, ...]]) -> None:
         self.walkers = walkers
-        self.updates: list[tuple[BatchNorm, Running, Moments]] = []
+        self.switches = switches
+        self.updates: list[tuple[BatchNorm, Any, Moments]] = []
 
     def hold(self) -> list[Any]:
         """The results of all."""
@@ -208,32 +232,43 @@ class _Meeting:
                 )
             )
         brought = [walker.brought for walker in self.walkers]
-        total = Moments.merge_all([moments for moments in brought if moments is not None])
-        total = layer.shared(total)
+        total: Moments | BatchNormError
+        try:
+            total = Moments.merge_all([moments for moments in brought if moments is not None])
+            total = layer.shared(total)
+        except BatchNormError as error:
+            total = error  # which the layer raises, with its name
         for walker in self.walkers:
             walker.taken, walker.brought = total, None
 
-    def merge(self, layer: BatchNorm, running: Running) -> Callable[[Moments], Moments] | None:
+    def merge(self, layer: BatchNorm, keeper: Any) -> Callable[[Moments], Moments] | None:
         """What turns a micro-batch's moments at this layer into those of all; None elsewhere.
 
         Raises:
-            InputError: activation checkpointing is used.
+            InputError: activation checkpointing is used, or the layer was changed.
         """
         walker = threading.current_thread()
         if not isinstance(walker, _Walker) or walker not in self.walkers:
             return None
         if _hooks() != walker.hooks or torch.is_grad_enabled() != walker.surroundings.grad:
             raise InputError(
-                "expected no activation checkpointing within forward_together: in the backward "
-                "pass a micro-batch could not wait for the others; keep activations in the host's "
-                "memory instead, with offload=True"
+                "expected no activation checkpointing (nor torch.no_grad, by which it works) "
+                "within forward_together: in the backward pass a micro-batch could not wait for "
+                "the others; keep activations in the host's memory instead, with offload=True"
+            )
+        if _switches(layer) != self.switches[layer]:
+            raise InputError(
+                "expected banks, pause_statistics and accumulate_statistics around "
+                "forward_together, got one within: micro-batches take turns, and it would hold for "
+                "all of them"
             )
 
         def meet(moments: Moments) -> Moments:
             total = walker.wait(layer, moments)
-            if walker is self.walkers[0]:
+            empty = select.concrete(total.count) and not bool(total.count)
+            if walker is self.walkers[0] and layer.track_running_stats and not empty:
                 detached = (total.count, total.mean.detach(), total.m2.detach())
-                self.updates.append((layer, running, Moments(*detached)))
+                self.updates.append((layer, keeper, Moments(*detached)))
             return total
 
         return meet
