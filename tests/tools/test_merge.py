@@ -1,7 +1,5 @@
 """sync_statistics in real processes, two and three, against sums by hand in float64."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from torch import distributed, nn
 
 from batchnorm import ArgumentError, BatchNorm, SyncError, bank, sync_statistics
+from processes import launch
 
 #: Batches of each process in each of the rounds between two calls. The second has none at first.
 ROUNDS = [(3, 0, 2), (1, 4, 2), (0, 0, 1), (0, 0, 0), (2, 1, 1)]
@@ -208,25 +207,8 @@ def work(rank, world, folder):
 def results(request, tmp_path_factory):
     """results[rank][case]."""
     folder = tmp_path_factory.mktemp("merge")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(request.param), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=100)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for status, output in launch(__file__, request.param, folder):
+        assert status == 0, output
     return [
         torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)
     ]
