@@ -98,7 +98,9 @@ def normalize(
         served = _by_native(x, weight, bias, residual, mask, settings, population, header)
         if served is not None:
             return served
-    return _by_reference(x, weight, bias, residual, mask, settings, population, header)
+    y, total = _by_reference(x, weight, bias, residual, mask, settings, population, header)
+    # An empty batch is no batch; others may have sent something.
+    return y, None if values == 0 and sync is None else total
 
 
 def normalize_together(
@@ -170,7 +172,8 @@ def _by_reference(
         elif groups is not None:
             total = moments.over_groups()
         if groups is not None and select.concrete(moments.count):
-            check_group_counts(moments.count.flatten())
+            # Groups that are all of one size have one count.
+            check_group_counts(moments.count.flatten().expand(len(moments.mean)))
         empty = sync is not None and _empty(total)
     weight, bias = _affine(moments.mean, moments.variance(), weight, bias, eps, population)
     y = _by_function(x, weight, bias, residual, mask, moments, eps, activation, axes, pool)
@@ -271,7 +274,7 @@ def _affine(
     with torch.no_grad():
         found = _recalled(mean, var, population.history) if select.recomputing() else None
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
-        if population.history is not None and select.recomputed_later():
+        if found is None and population.history is not None and select.recomputed_later():
             population.history.append((mean, var, r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
@@ -280,9 +283,16 @@ def _affine(
 def _recalled(mean: Tensor, var: Tensor, history: History | None) -> tuple[Tensor, Tensor] | None:
     """The correction of the forward pass that is being done again.
 
-    Since then the running statistics have moved. The same batch gives the same bits.
+    Since then the running statistics have moved. The same batch gives the same bits; it may have
+    come in earlier steps too, and twice in this one, which goes back through the last pass first.
     """
-    for old_mean, old_var, r, d in history or ():
+    if history is None:
+        return None
+    for at in reversed(range(len(history))):
+        old_mean, old_var, r, d = entry = history[at]
         if torch.equal(old_mean, mean) and torch.equal(old_var, var):
+            # Now behind all others: a graph that is kept may ask for it once more.
+            del history[at]
+            history.appendleft(entry)
             return r, d
     return None

@@ -94,7 +94,10 @@ class Renorm:
     ) -> tuple[Tensor, Tensor]:
         """r and d for these means and biased variances, of their shape and precision."""
         limits = self.limits(step)
-        r_max, d_max = (torch.as_tensor(limit, device=mean.device) for limit in limits)
+        # As exact as the means: torch's default dtype would round the limits to float32.
+        r_max, d_max = (
+            torch.as_tensor(limit, dtype=mean.dtype, device=mean.device) for limit in limits
+        )
         inverse = torch.rsqrt(running_var.to(mean.dtype) + eps)
         r = (var + eps).sqrt() * inverse
         d = (mean - running_mean) * inverse
