@@ -253,7 +253,8 @@ class NativeFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x,
             weight,
-            bias if activation else None,
+            # Or for its size, where groups may have their own.
+            bias if activation or flags >> native.GROUP_BIT else None,
             y if activation and residual is not None else None,
             mask,
             statistics,
