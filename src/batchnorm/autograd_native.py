@@ -95,7 +95,8 @@ def moments(
     """
     mask = None if mask is None else _weights(mask, x, channel_dim)
     flags = _grouped(x, group_size)
-    statistics, count, served = native.moments(x, mask, channel_dim, flags)
+    with torch.no_grad():  # or torch would tie the statistics to the graph of x
+        statistics, count, served = native.moments(x, mask, channel_dim, flags)
     if served == native.NOT_SERVED:
         return None
     channels = x.shape[channel_dim]

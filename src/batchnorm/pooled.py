@@ -166,7 +166,8 @@ def _by_reference(
         mask, axes = groups.cut_mask(mask, x), groups.axes
         x, residual = groups.cut(x), None if residual is None else groups.cut(residual)
     with torch.no_grad():
-        moments = total = select.moments(x, mask, axes)
+        # Detached, because forward-mode differentiation does not stop at no_grad.
+        moments = total = select.moments(x.detach(), mask, axes)
         if pool is not None:
             moments, total = pool.merge(moments, header)
         elif groups is not None:
@@ -271,10 +272,12 @@ def _affine(
     renorm = population.renorm
     if renorm is None or running_mean is None or running_var is None:
         return weight, bias
+    later = select.recomputed_later()
     with torch.no_grad():
         found = _recalled(mean, var, population.history) if select.recomputing() else None
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
-        if found is None and population.history is not None and select.recomputed_later():
+        r, d = r.detach(), d.detach()  # in forward mode too, where the running statistics are not
+        if found is None and population.history is not None and later:
             population.history.append((mean, var, r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
