@@ -40,6 +40,16 @@ History = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
 """Means, variances, and the r and d that belong to them."""
 
 
+@torch.library.custom_op("batchnorm::snapshot", mutates_args=())
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy that compilers neither look into nor make again later."""
+    return tensor.clone()
+
+
+snapshot.register_fake(torch.empty_like)
+snapshot.register_vmap(lambda _, axes, tensor: (snapshot(tensor), axes[0]))
+
+
 class Population(NamedTuple):
     """Which elements make the statistics of a training step, besides those that the mask counts.
 
@@ -275,6 +285,11 @@ def _affine(
     later = select.recomputed_later()
     with torch.no_grad():
         found = _recalled(mean, var, population.history) if select.recomputing() else None
+        if torch.compiler.is_compiling() and not select.exported():
+            # Else the compiler may compute r and d once more in the backward pass, from running
+            # statistics that have moved (pytorch/pytorch#197039).
+            running_mean, running_var = snapshot(running_mean), snapshot(running_var)
+            counter = None if counter is None else snapshot(counter)
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
         r, d = r.detach(), d.detach()  # in forward mode too, where the running statistics are not
         if found is None and population.history is not None and later:

@@ -30,6 +30,10 @@ class Renorm:
     the step until it is reached at the second. The defaults are the paper's. `batch_norm`, which
     counts no steps, uses the limits in full.
 
+    Activation checkpointing has the r and d of the first forward pass, but not where it is compiled
+    itself (torch.compile of a function that calls torch.utils.checkpoint): there torch computes
+    them again, from running statistics that have moved.
+
     Attributes:
         r_max: greatest ratio of the two standard deviations, 1 or more.
         d_max: greatest distance of the two means in running standard deviations, 0 or more.

@@ -389,10 +389,14 @@ class BatchNorm(WideStatistics, _BatchNorm):
     def _population(self, reference: Running) -> Population:
         check_virtual_batch_size(self.virtual_batch_size)
         check_renorm(self.renorm)
-        if self.renorm is not None and self._history is None:
-            self._history = deque(maxlen=MOST_FORWARDS)
+        history = None
+        # Compiled code is recomputed within itself, and would be compiled again for the new list.
+        if self.renorm is not None and not torch.compiler.is_compiling():
+            if self._history is None:
+                self._history = deque(maxlen=MOST_FORWARDS)
+            history = self._history
         sync = self._synchronizer()
-        return Population(self.virtual_batch_size, self.renorm, sync, reference, self._history)
+        return Population(self.virtual_batch_size, self.renorm, sync, reference, history)
 
     def shared(self, moments: Moments) -> Moments:
         """Moments of the elements of all processes that share this layer's statistics."""
