@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import oracle
 from batchnorm import BatchNorm, InputError, NonFiniteWarning, batch_norm, batch_norm_pure
+from batchnorm.ghost import Groups
 from batchnorm.kernels import blocked, native
 from within import assert_running, assert_step
 
@@ -186,6 +187,37 @@ def test_a_group_as_large_as_the_batch_is_the_batch(size):
     # Without, torch's own kernels serve plain float32 here: 8 roundings of y ≤ 4.
     torch.testing.assert_close(ghost, plain, rtol=0, atol=8 * 4 * 2.0**-24)
     torch.testing.assert_close(statistics[1], statistics[0], rtol=2.0**-23, atol=2.0**-24)
+
+
+@given(
+    size=st.integers(1, 6),
+    lead=st.none() | st.integers(0, 5),
+    samples=st.integers(0, 13),
+    channel_dim=st.sampled_from([0, 1, -1]),
+    masked=st.booleans(),
+)
+def test_cutting_and_joining(size, lead, samples, channel_dim, masked):
+    """Sample k stands in group (lead + k) // size; what is filled in does not count."""
+    lead = None if lead is None else lead % size
+    shape = (2, samples, 3) if channel_dim == 0 else (samples, 2, 3)
+    x = torch.randn(shape)
+    mask = torch.rand(samples, shape[1 if channel_dim == -1 else 2]) if masked else None
+    groups = Groups.of(x, size, channel_dim, lead)
+    cut, cut_mask = groups.cut(x), groups.cut_mask(mask, x)
+    assert torch.equal(groups.join(cut), x)
+    by_sample = x.movedim(1, 0) if channel_dim == 0 else x
+    total = 0.0
+    for k in range(samples):
+        group, place = divmod((lead or 0) + k, groups.size)
+        assert torch.equal(cut[group, place], by_sample[k])
+        if cut_mask is not None:
+            want = torch.ones(()) if mask is None else mask[k]
+            assert (cut_mask[group, place] == want).all()
+            total += want.sum()
+    if cut_mask is None:
+        assert cut.shape[0] * cut.shape[1] == samples
+    else:
+        assert cut_mask.sum() == pytest.approx(float(total), rel=1e-5)
 
 
 # --- masks ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.func import jacfwd, jacrev, vmap
+from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import oracle
@@ -288,6 +288,25 @@ def test_jacobians_of_the_pure_form(transform, size):
     torch.testing.assert_close(got, want, **close)
 
 
+def test_running_statistics_are_constants_both_ways():
+    """Nothing flows from the old ones to y, nor from x to the new ones; in forward mode too."""
+    x, weight, bias, *_ = problem()
+    mean, var = state(2, torch.float64)
+
+    def y(mean, var):
+        return batch_norm_pure(x, mean, var, weight, bias, True, renorm=OPEN).output
+
+    tangents = torch.randn(2, 2).double().unbind()
+    assert not jvp(y, (mean, var), tangents)[1].any()
+    assert not vjp(y, mean, var)[1](torch.randn_like(x))[0].any()
+
+    for options in ({}, {"virtual_batch_size": 3}, {"renorm": OPEN}):
+        step = functools.partial(batch_norm_pure, training=True, **options)
+        new, moved = jvp(lambda x, step=step: step(x, mean, var)[1:], (x,), (x,))
+        assert not torch.equal(new[0], mean)
+        assert not any(m.any() for m in moved)
+
+
 def test_vmap_of_the_pure_form_is_a_loop():
     """Batched running statistics, each batch's own correction."""
     x = torch.randn(4, 7, 2, 3).double() * 2 + 1
@@ -513,6 +532,19 @@ def test_a_kept_graph_is_recomputed_with_the_same_correction_again():
         run(data[1][0])  # moves the statistics
         results.append([torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(3)])
     assert torch.equal(results[1][0], results[1][2])
+    torch.testing.assert_close(*results, **close)
+
+
+def test_a_batch_of_the_same_mean_is_another_batch():
+    results = []
+    for checkpointed in (False, True):
+        bn = BatchNorm(2, renorm=Renorm(3.0, 2.0, **AT_ONCE)).double()
+        run = functools.partial(checkpoint, bn, use_reentrant=False) if checkpointed else bn
+        dy = torch.arange(8.0).reshape(4, 2).double().sqrt()
+        leaves = [torch.tensor([[k, 1.0], [-k, -1.0]]).repeat(2, 1).double() for k in (0.5, 4.0)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        sum((run(leaf) * dy).sum() for leaf in leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(*results, **close)
 
 
