@@ -66,3 +66,23 @@ def test_each_with_each(mask_kind, size, limits, activation):
         assert_running((mean, var), old, want, 0.3)
         pure = batch_norm_pure(x, *old, *arguments, **options)
         assert all(torch.equal(a, b) for a, b in zip(pure, (y, mean, var), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_evaluation_is_as_without_to_the_bit(dtype):
+    """By the same kernels, forward and backward; nothing is refused for its groups, or updated."""
+    x, residual, dy = torch.randn(3, 5, 3, 4).to(dtype)
+    statistics = torch.randn(3), torch.rand(3) + 0.5
+    before = [s.clone() for s in statistics]
+    results = []
+    for options in ({}, {"virtual_batch_size": 2}, {"renorm": Renorm()}):
+        leaf = x.clone().requires_grad_()
+        y = batch_norm(leaf, *statistics, residual=residual, activation="relu", **options)
+        backend = y.grad_fn.backend
+        results.append([backend, y.detach(), *torch.autograd.grad(y, leaf, dy)])
+        pure = batch_norm_pure(x, *statistics, residual=residual, activation="relu", **options)
+        assert torch.equal(pure.output, y)
+    for other in results[1:]:
+        assert other[0] == results[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(other[1:], results[0][1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(statistics, before, strict=True))
