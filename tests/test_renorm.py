@@ -543,7 +543,8 @@ def test_a_batch_of_the_same_mean_is_another_batch():
         dy = torch.arange(8.0).reshape(4, 2).double().sqrt()
         leaves = [torch.tensor([[k, 1.0], [-k, -1.0]]).repeat(2, 1).double() for k in (0.5, 4.0)]
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        sum((run(leaf) * dy).sum() for leaf in leaves).backward()
+        for loss in [(run(leaf) * dy).sum() for leaf in leaves]:
+            loss.backward()
         results.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(*results, **close)
 
