@@ -43,14 +43,17 @@ TESTS = {
     ],
     "autograd_native.py": [
         "test_autograd_native.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
-        "test_validation.py", "layers/test_persistence.py", "layers/test_batch_norm.py",
-        "layers/test_layouts.py",
+        "test_validation.py", "test_combinations.py", "test_renorm.py", "test_ghost.py",
+        "layers/test_persistence.py", "layers/test_batch_norm.py", "layers/test_layouts.py",
     ],
     "running.py": [
         "test_functional.py", "layers/test_func.py", "layers/test_batch_norm.py",
         "layers/test_compile.py",
     ],
-    "validation.py": ["test_validation.py", "test_functional.py"],
+    "ghost.py": ["test_combinations.py", "test_ghost.py"],
+    "renorm.py": ["test_renorm.py", "test_combinations.py"],
+    "layers/packed.py": ["test_ghost.py"],
+    "validation.py": ["test_validation.py", "test_functional.py", "test_ghost.py"],
     "functional.py": [
         "test_functional.py", "test_validation.py", "layers/test_func.py",
         "layers/test_batch_norm.py", "layers/test_compile.py",

@@ -133,3 +133,99 @@ def running(old_mean, old_var, f: Forward, momentum: float):
         (1 - m) * wide(old_mean) + m * f.mean,
         (1 - m) * wide(old_var) + m * f.unbiased,
     )
+
+
+def correction(mean, var, running_mean, running_var, r_max, d_max, eps=1e-5):
+    """Renormalization's r and d, clipped: Ioffe 2017."""
+    sigma = np.sqrt(wide(running_var) + Wide(eps))
+    r = np.sqrt(var + Wide(eps)) / sigma
+    d = (mean - wide(running_mean)) / sigma
+    r_max, d_max = Wide(r_max), Wide(d_max)
+    return np.clip(r, 1 / r_max, r_max), np.clip(d, -d_max, d_max)
+
+
+@dataclass
+class Result:
+    """A result and its natural size: the sum of the magnitudes of its terms."""
+
+    value: np.ndarray
+    size: np.ndarray
+
+
+def step(
+    dy,
+    x,
+    weight=None,
+    bias=None,
+    *,
+    mask=None,
+    residual=None,
+    size=None,
+    renorm=None,
+    eps=1e-5,
+    activation=None,
+    channel_dim=1,
+) -> dict[str, Result]:
+    """A training step by a loop over the groups of `size` samples, forward and backward.
+
+    `renorm` = (running mean, running variance, r_max, d_max). The running statistics are to take in
+    "mean" and "unbiased", those of all elements. Sizes assume statistics relative to σ, not to the
+    mean: an offset of many σ in float64 needs more.
+    """
+    x, dy = wide(x), wide(dy)
+    residual = None if residual is None else wide(residual)
+    channels = x.shape[channel_dim]
+    gamma = np.ones(channels, Wide) if weight is None else wide(weight)
+    beta = np.zeros(channels, Wide) if bias is None else wide(bias)
+    if mask is not None:
+        axes = [n for axis, n in enumerate(x.shape) if axis != channel_dim % x.ndim]
+        mask = np.broadcast_to(wide(mask), axes)
+    y, y_size, dx, dx_size, dz, added = (np.zeros(x.shape, Wide) for _ in range(6))
+    d_gamma, d_gamma_size, d_beta, d_beta_size = (np.zeros(channels, Wide) for _ in range(4))
+    axis = 0 if channel_dim % x.ndim else 1  # of the samples
+    samples = x.shape[axis]
+    for start in range(0, samples, size or samples):
+        group = slice(start, start + (size or samples))
+        part = (slice(None),) * axis + (group,)
+        of_mask = None if mask is None else mask[group]
+        nothing = of_mask is not None and not (of_mask > 0).any()
+        # Moments of nothing are 0, and constants.
+        given = (np.zeros(channels), np.zeros(channels)) if nothing else None
+        options = {"eps": eps, "channel_dim": channel_dim, "given": given}
+        options["mask"] = None if nothing else of_mask
+        mean, var = given or moments(x[part], of_mask, channel_dim)[1:3]
+        r, d = np.ones(channels, Wide), np.zeros(channels, Wide)
+        if renorm is not None:
+            r, d = correction(mean, var, *renorm, eps=eps)
+        scale, shift = gamma * r, gamma * d + beta
+        skip = None if residual is None else residual[part]
+        extra = {"residual": skip, "activation": activation}
+        f = forward(x[part], scale, shift, **options, **extra)
+        grads = backward(dy[part], x[part], scale, shift, **options, **extra)
+        y[part], dx[part], dz[part] = f.y, grads[0], grads[3]
+        d_gamma += r * grads[1] + d * grads[2]
+        d_beta += grads[2]
+
+        column = lambda v: np.asarray(v)[:, None]  # noqa: E731
+        up = lambda v: unrows(v, x[part].shape, channel_dim)  # noqa: E731, B023
+        flow = rows(abs(grads[3]), channel_dim)
+        lean, tilt = flow.sum(1), (flow * (abs(f.x_hat) + 1)).sum(1)
+        pull = 0 if nothing else f.weights / f.count
+        pull = pull * (column(lean) + abs(f.x_hat) * column(tilt))
+        s = 1 / np.sqrt(var + Wide(eps))
+        offset = abs(gamma * d) + abs(beta)
+        y_size[part] = up(column(abs(scale)) * (abs(f.x_hat) + 1) + column(offset))
+        dx_size[part] = up(column(abs(scale) * s) * (flow + pull))
+        added[part] = 0 if skip is None else abs(skip)
+        d_gamma_size += r * tilt + abs(d) * lean
+        d_beta_size += lean
+    _, mean, var, unbiased, _ = moments(x, mask, channel_dim)
+    return {
+        "y": Result(y, y_size + added),
+        "dx": Result(dx, dx_size),
+        "d_weight": Result(d_gamma, d_gamma_size),
+        "d_bias": Result(d_beta, d_beta_size),
+        "d_residual": Result(dz, abs(dz)),
+        "mean": Result(mean, np.sqrt(var) + abs(mean)),
+        "unbiased": Result(unbiased, unbiased),
+    }

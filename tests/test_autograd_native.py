@@ -5,7 +5,15 @@ import contextlib
 import pytest
 import torch
 
-from batchnorm import ArgumentError, BatchNorm, InputError, batch_norm
+import oracle
+from batchnorm import (
+    ArgumentError,
+    BatchNorm,
+    InputError,
+    Renorm,
+    accumulate_statistics,
+    batch_norm,
+)
 from batchnorm.kernels import native
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -160,3 +168,77 @@ def test_the_gradient_of_a_residual_under_a_mask_is_the_same_to_any_order():
     (again,) = torch.autograd.grad(y, residual, dy, create_graph=True)
     assert torch.equal(first, again)
     assert first[1].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("activation", [None, torch.tanh])  # the second: a separate update
+def test_what_autograd_saved_of_the_buffers_is_known_to_have_changed(momentum, activation):
+    """The kernels write behind autograd's back; a silently wrong gradient would come of it."""
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        bn = BatchNorm(3, momentum=momentum, activation=activation)
+        scale = torch.ones(3, requires_grad=True)
+        loss = (scale * getattr(bn, name)).sum()
+        bn(torch.randn(6, 3))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_order_with_an_activation_and_no_residual(training, affine, activation, size):
+    """y is not kept: the activation's side is computed again, by the reference."""
+    x, dy = torch.randn(2, 5, 2, 3).double()
+    parameters = [torch.randn(2).double() for _ in range(2)] if affine else [None, None]
+    statistics = torch.randn(2).double(), torch.rand(2).double() + 0.5
+    results = []
+    for served in (True, False):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *parameters)]
+        wanted = [t for t in leaves if t is not None]
+        with pytest.MonkeyPatch.context() as patch:
+            if not served:
+                patch.setattr(native, "MISSING", "for comparison")
+            y = batch_norm(
+                *(leaves[0], *(s.clone() for s in statistics), *leaves[1:], training),
+                activation=activation,
+                virtual_batch_size=size,
+            )
+            first = torch.autograd.grad(y, wanted, dy, create_graph=True)
+            # Not all are functions of an input: in evaluation dx is none of x.
+            functions = [f for f in first if f.requires_grad]
+            torch.manual_seed(1)
+            cotangents = [torch.randn_like(f) for f in functions]
+            second = (
+                torch.autograd.grad(functions, wanted, cotangents, allow_unused=True)
+                if functions
+                else ()
+            )
+        assert len(functions) == (2 if affine else int(training))
+        assert (getattr(y.grad_fn, "backend", None) == "native") == served
+        results.append([*first, *(s for s in second if s is not None)])
+    # float64, and sums of some 15 terms.
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_that_others_take_in_are_the_batchs():
+    """Whatever an activation makes of the shape, and without x's graph."""
+    x = torch.randn(8, 4, 5, requires_grad=True)
+    options = ({}, {"virtual_batch_size": 3}, {"renorm": Renorm(r_steps=(0, 0), d_steps=(0, 0))})
+    for option in options:
+        bn, plain = (
+            BatchNorm(4, activation=a, **option)
+            for a in (lambda y: torch.cat([y, y], 1)[:, :7], None)
+        )
+        with accumulate_statistics(bn):
+            assert bn(x).shape == (8, 7, 5)
+            bn(x[:3])
+        taken = []
+        plain._collect = lambda layer, bank, moments, taken=taken: taken.append(moments)
+        plain(x)
+        assert not any(t.requires_grad for m in taken for t in (m.count, m.mean, m.m2))
+        want = oracle.forward(torch.cat([x, x[:3]]))
+        mean, var = oracle.running(torch.zeros(4), torch.ones(4), want, 0.1)
+        for got, value in ((bn.running_mean, mean), (bn.running_var, var)):
+            assert (abs(oracle.wide(got) - value) <= 2.0**-23 * (abs(value) + 1)).all()
+        assert bn.num_batches_tracked == 1

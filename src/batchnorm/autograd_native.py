@@ -62,7 +62,7 @@ def step(
     later = updates and (after is not None or native.hooked())
     if training:
         flags |= native.TRAINING | native.KEEP | (native.LATER if later else 0)
-        flags |= group_size << native.GROUP_BIT
+        flags |= _grouped(x, group_size)
     options = mask, mean, var, counter, share, float(eps), channel_dim, flags
     kept: list[Any] = []
     served = _differentiable(x, weight, bias, residual, options, kept)
@@ -72,7 +72,7 @@ def step(
     if after is not None:
         y = after(y)
     if sink is not None:
-        sink(_moments_of(*_of_batch(kept, y.shape[channel_dim])))
+        sink(_moments_of(*_of_batch(kept, x.shape[channel_dim])))
     if not updates or mean is None or var is None:
         return y, None
     if later:
@@ -94,8 +94,9 @@ def moments(
     Of what `native.serves`. In one group, they have the shape (C,).
     """
     mask = None if mask is None else _weights(mask, x, channel_dim)
-    flags = group_size << native.GROUP_BIT
-    statistics, count, served = native.moments(x, mask, channel_dim, flags)
+    flags = _grouped(x, group_size)
+    with torch.no_grad():  # or torch would tie the statistics to the graph of x
+        statistics, count, served = native.moments(x, mask, channel_dim, flags)
     if served == native.NOT_SERVED:
         return None
     channels = x.shape[channel_dim]
@@ -130,7 +131,7 @@ def normalize(
     weight, bias = (None if v is None else v.flatten() for v in (weight, bias))
     mask = None if mask is None else _weights(mask, x, channel_dim)
     mean, var, count = statistics
-    flags |= group_size << native.GROUP_BIT
+    flags |= _grouped(x, group_size)
     options = mask, mean.flatten(), var.flatten(), None, 0.0, float(eps), channel_dim, flags
     served = _differentiable(x, weight, bias, residual, options, [], (count, pool))
     if served is None:
@@ -142,6 +143,12 @@ def _weights(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The mask as the operators read it."""
     mask = expand_mask(mask, x, channel_dim)
     return mask if mask.dtype in native.MASKS else mask.double()  # mutant: only slower without
+
+
+def _grouped(x: Tensor, size: int) -> int:
+    """The flags that say how many samples make a group."""
+    # More than there are would not fit into the number.
+    return int(min(size, x.numel())) << native.GROUP_BIT
 
 
 def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:
@@ -247,7 +254,8 @@ class NativeFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x,
             weight,
-            bias if activation else None,
+            # Or for its size, where groups may have their own.
+            bias if activation or flags >> native.GROUP_BIT else None,
             y if activation and residual is not None else None,
             mask,
             statistics,

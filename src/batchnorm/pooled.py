@@ -40,6 +40,16 @@ History = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
 """Means, variances, and the r and d that belong to them."""
 
 
+@torch.library.custom_op("batchnorm::snapshot", mutates_args=())
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy that compilers neither look into nor make again later."""
+    return tensor.clone()
+
+
+snapshot.register_fake(torch.empty_like)
+snapshot.register_vmap(lambda _, axes, tensor: (snapshot(tensor), axes[0]))
+
+
 class Population(NamedTuple):
     """Which elements make the statistics of a training step, besides those that the mask counts.
 
@@ -98,7 +108,9 @@ def normalize(
         served = _by_native(x, weight, bias, residual, mask, settings, population, header)
         if served is not None:
             return served
-    return _by_reference(x, weight, bias, residual, mask, settings, population, header)
+    y, total = _by_reference(x, weight, bias, residual, mask, settings, population, header)
+    # An empty batch is no batch; others may have sent something.
+    return y, None if values == 0 and sync is None else total
 
 
 def normalize_together(
@@ -165,13 +177,15 @@ def _by_reference(
         mask, axes = groups.cut_mask(mask, x), groups.axes
         x, residual = groups.cut(x), None if residual is None else groups.cut(residual)
     with torch.no_grad():
-        moments = total = select.moments(x, mask, axes)
+        # Detached, because forward-mode differentiation does not stop at no_grad.
+        moments = total = select.moments(x.detach(), mask, axes)
         if pool is not None:
             moments, total = pool.merge(moments, header)
         elif groups is not None:
             total = moments.over_groups()
         if groups is not None and sync is None and select.concrete(moments.count):
-            check_group_counts(moments.count.flatten())
+            # Groups that are all of one size have one count.
+            check_group_counts(moments.count.flatten().expand(len(moments.mean)))
         empty = sync is not None and _empty(total)
     weight, bias = _affine(moments.mean, moments.variance(), weight, bias, eps, population)
     y = _by_function(x, weight, bias, residual, mask, moments, eps, activation, axes, pool)
@@ -269,11 +283,17 @@ def _affine(
     renorm = population.renorm
     if renorm is None or running_mean is None or running_var is None:
         return weight, bias
-    again = population.history is not None and select.recomputed_later()
+    later = population.history is not None and select.recomputed_later()
     with torch.no_grad():
         found = _recalled(mean, var, population.history) if select.recomputing() else None
+        if torch.compiler.is_compiling() and not select.exported():
+            # Else the compiler may compute r and d once more in the backward pass, from running
+            # statistics that have moved (pytorch/pytorch#197039).
+            running_mean, running_var = snapshot(running_mean), snapshot(running_var)
+            counter = None if counter is None else snapshot(counter)
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
-        if population.history is not None and again:
+        r, d = r.detach(), d.detach()  # in forward mode too, where the running statistics are not
+        if found is None and population.history is not None and later:
             population.history.append((mean, var, r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
@@ -282,9 +302,16 @@ def _affine(
 def _recalled(mean: Tensor, var: Tensor, history: History | None) -> tuple[Tensor, Tensor] | None:
     """The correction of the forward pass that is being done again.
 
-    Since then the running statistics have moved. The same batch gives the same bits.
+    Since then the running statistics have moved. The same batch gives the same bits; it may have
+    come in earlier steps too, and twice in this one, which goes back through the last pass first.
     """
-    for old_mean, old_var, r, d in history or ():
+    if history is None:
+        return None
+    for at in reversed(range(len(history))):
+        old_mean, old_var, r, d = entry = history[at]
         if torch.equal(old_mean, mean) and torch.equal(old_var, var):
+            # Now behind all others: a graph that is kept may ask for it once more.
+            del history[at]
+            history.appendleft(entry)
             return r, d
     return None

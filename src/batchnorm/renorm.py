@@ -30,6 +30,10 @@ class Renorm:
     the step until it is reached at the second. The defaults are the paper's. `batch_norm`, which
     counts no steps, uses the limits in full.
 
+    Activation checkpointing has the r and d of the first forward pass, but not where it is compiled
+    itself (torch.compile of a function that calls torch.utils.checkpoint): there torch computes
+    them again, from running statistics that have moved.
+
     Attributes:
         r_max: greatest ratio of the two standard deviations, 1 or more.
         d_max: greatest distance of the two means in running standard deviations, 0 or more.
@@ -94,28 +98,14 @@ class Renorm:
     ) -> tuple[Tensor, Tensor]:
         """r and d for these means and biased variances, of their shape and precision."""
         limits = self.limits(step)
-        r_max, d_max = (torch.as_tensor(limit, device=mean.device) for limit in limits)
+        # As exact as the means: torch's default dtype would round the limits to float32.
+        r_max, d_max = (
+            torch.as_tensor(limit, dtype=mean.dtype, device=mean.device) for limit in limits
+        )
         inverse = torch.rsqrt(running_var.to(mean.dtype) + eps)
         r = (var + eps).sqrt() * inverse
         d = (mean - running_mean) * inverse
-        r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
-        return (kept(r), kept(d)) if torch.compiler.is_compiling() else (r, d)
-
-
-@torch.library.custom_op("batchnorm::kept", mutates_args=())
-def kept(values: Tensor) -> Tensor:
-    """The same values, which a compiled backward pass gets from the forward pass.
-
-    torch.compile may compute in the backward pass again what the forward pass had, from the inputs
-    of the graph; and if those are buffers, from what the forward pass has made of them (2.13: the
-    gradients are silently wrong). It does not so with operations that it does not know.
-    """
-    return values.clone()
-
-
-@kept.register_fake
-def _(values: Tensor) -> Tensor:
-    return torch.empty_like(values)
+        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
 
 def check_renorm(renorm: Renorm | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, Renorm, batch_norm_pure
 
 # Dynamo makes an instance of Function whenever it meets an autograd function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
@@ -27,6 +27,14 @@ CASES: dict[str, dict[str, Any]] = {
     "mask and residual": {"activation": "leaky_relu", "momentum": None},
     "bfloat16": {},
     "float64": {"dtype": torch.float64},
+    "ghost": {"virtual_batch_size": 3, "momentum": None, "channel_dim": -1},
+    "ghost, masked": {"virtual_batch_size": 3, "activation": "relu"},
+    "renorm": {"renorm": Renorm(1.3, 0.5, r_steps=(0, 2), d_steps=(1, 2))},
+    "renorm, ghost, residual": {
+        "renorm": Renorm(1.3, 0.5, r_steps=(0, 2), d_steps=(1, 2)),
+        "virtual_batch_size": 3,
+        "activation": gelu,
+    },
 }
 
 # Eager may use torch's kernels where compiled code uses the reference: both round γ·x̂ + β a few
@@ -58,7 +66,14 @@ def arguments(name, batch):
     x = (2 * torch.randn(shape) + 1).to(dtype)
     # Half the elements of some samples, never all.
     valid = torch.arange(3) < torch.randint(1, 4, (batch, 1))
-    mask = {"mask": valid, "mask and residual": valid, "weights": valid * torch.rand(batch, 3)}
+    if name == "ghost, masked":
+        valid[3:6] = False  # a whole group
+    mask = {
+        "mask": valid,
+        "ghost, masked": valid,
+        "mask and residual": valid,
+        "weights": valid * torch.rand(batch, 3),
+    }
     residual = torch.randn(shape) if "residual" in name else None
     return x, mask.get(name), residual
 
@@ -106,10 +121,13 @@ def check(name, training, backend, batches=(8, 8, 8), dynamic=None):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "relu"])  # it is in "residual"
 def test_compiled_steps_are_eager_steps(name, training):
+    if not training and CASES[name].keys() & {"virtual_batch_size", "renorm"}:
+        pytest.skip("evaluation has nothing of them")
     check(name, training, "aot_eager")
 
 
-@pytest.mark.parametrize("name", ["plain", "mask and residual"])
+# "renorm": the step is read from the counter as the code runs, not when it was compiled.
+@pytest.mark.parametrize("name", ["plain", "mask and residual", "ghost", "renorm"])
 def test_one_graph_serves_every_batch_size(name):
     with torch._dynamo.config.patch(error_on_recompile=True):
         check(name, True, "aot_eager", batches=(8, 5, 11), dynamic=True)
@@ -145,12 +163,37 @@ def test_compiled_code_keeps_a_masked_out_batch_from_the_buffers():
         assert torch.equal(layer.running_var, torch.ones(3))
 
 
+def test_compiled_transforms_of_a_renormalized_step():
+    renorm = Renorm(1.3, 0.5)
+    mean, var = torch.randn(4, 5), torch.rand(4, 5) + 0.5
+
+    def step(x, mean, var):
+        pure = batch_norm_pure(x, mean, var, training=True, renorm=renorm, virtual_batch_size=3)
+        return pure.output, pure.running_mean
+
+    x = torch.randn(4, 8, 5, 3)
+    compiled = torch.compile(torch.func.vmap(step), fullgraph=True, backend="aot_eager")
+    want = [torch.stack(f) for f in zip(*map(step, x, mean, var), strict=True)]
+    torch.testing.assert_close(list(compiled(x, mean, var)), want, rtol=2e-6, atol=2e-6)
+    over_samples = torch.func.vmap(step, in_dims=(0, None, None))
+    compiled = torch.compile(over_samples, fullgraph=True, backend="aot_eager")
+    want = [torch.stack(f) for f in zip(*(step(b, mean[0], var[0]) for b in x), strict=True)]
+    torch.testing.assert_close(list(compiled(x, mean[0], var[0])), want, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated")
 @pytest.mark.parametrize(
     ("name", "training"),
-    [("plain", True), ("mask and residual", True), ("relu", False)],
+    [
+        ("plain", True),
+        ("mask and residual", True),
+        ("relu", False),
+        ("ghost, masked", True),
+        # Its backward pass must not compute r and d again: the running statistics have moved.
+        ("renorm, ghost, residual", True),
+    ],
 )
 def test_inductor_steps_are_eager_steps(name, training):
     check(name, training, "inductor")
@@ -176,7 +219,7 @@ def test_exported_evaluation(name):
         torch.testing.assert_close(program.module()(x), expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["plain", "simple average", "channels last", "relu"])
+@pytest.mark.parametrize("name", ["plain", "simple average", "channels last", "relu", "renorm"])
 def test_exported_training_program_updates_the_buffers(name):
     torch.manual_seed(0)
     layer = made(name)

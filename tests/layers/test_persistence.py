@@ -65,6 +65,8 @@ def through_file(layer):
         track_running_stats=layer.track_running_stats,
         channel_dim=layer.channel_dim,
         activation=layer.activation,
+        virtual_batch_size=layer.virtual_batch_size,
+        renorm=layer.renorm,
     )
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
     return other
@@ -81,6 +83,8 @@ def through_file(layer):
         {"track_running_stats": False},
         {"channel_dim": -1, "activation": "relu"},
         {"activation": tanh},
+        {"virtual_batch_size": 3},
+        {"renorm": Renorm(2.0, 1.0, r_steps=(0, 5), d_steps=(2, 4))},
     ],
     ids=label,
 )

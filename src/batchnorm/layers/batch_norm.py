@@ -20,13 +20,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import ArgumentError, BatchNormError, InputError, NonFiniteWarning
+from batchnorm.layers.packed import Sequences
 from batchnorm.layers.statistics import StatisticsBank, WideStatistics
 from batchnorm.moments import Moments
 from batchnorm.pooled import History, Population, normalize_together, shared
 from batchnorm.renorm import Renorm, check_renorm
 from batchnorm.running import Running, nonfinite_message
 from batchnorm.sync import WORLD, Group, Synchronizer, check_group, resolve
-from batchnorm.validation import Activation, check_options, check_virtual_batch_size
+from batchnorm.validation import Activation, Settings, check_options, check_virtual_batch_size
 
 #: Forward passes of a layer with renorm, within activation checkpointing, that may come before the
 #: backward pass of the first: micro-batches of a step, calls of a shared layer. Each keeps 4C
@@ -87,7 +88,8 @@ class BatchNorm(WideStatistics, _BatchNorm):
         activation: None; "relu" or "leaky_relu" (slope 0.01), fused; or any function or module,
             applied after, to every element, masked ones included.
         virtual_batch_size: in training, normalise each group of so many samples, in order, by its
-            own statistics (ghost batches, Hoffer et al. 2017). The last group may be smaller. The
+            own statistics (ghost batches, Hoffer et al. 2017). The last group may be smaller; of a
+            `PackedSequence` a sample is a sequence, in the order before packing. The
             running statistics take in all groups together, once a step; evaluation is as without.
         renorm: in training, draw the batch's statistics toward the running ones: see `Renorm`. The
             state dict is as without.
@@ -275,9 +277,29 @@ class BatchNorm(WideStatistics, _BatchNorm):
                     "expected a residual packed like x: the same lengths in the same order"
                 )
             residual = residual.data
-        return x._replace(data=self._forward(x.data, None, residual))
+        training = self.training and not self._frozen
+        # The data's axes: on the first, time and sequences are one.
+        axes = x.data.dim()
+        channel_dim = self.channel_dim + axes * (self.channel_dim < 0)
+        if self.virtual_batch_size is None or not training or not 0 < channel_dim < axes:
+            return x._replace(data=self._forward(x.data, None, residual))
+        # Groups are of whole sequences.
+        sequences = Sequences.of(x)
+        activation: Any = self.activation
+        function = callable(activation)  # which may care for the axes
+        after = (lambda y: activation(sequences.pack(y))) if function else activation
+        settings: Settings = self.momentum, self.eps, channel_dim + 1, after
+        residual = None if residual is None else sequences.pad(residual)
+        y = self._forward(sequences.pad(x.data), sequences.mask(axes), residual, settings)
+        return x._replace(data=y if function else sequences.pack(y))
 
-    def _forward(self, x: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        settings: Settings | None = None,
+    ) -> Tensor:
         training = self.training and not self._frozen
         bank: Any = self if self._bank is None else self.banks[self._bank]
         buffers, parameters = bank._buffers, self._parameters
@@ -293,7 +315,8 @@ class BatchNorm(WideStatistics, _BatchNorm):
             weight, bias = bank.weight, bank.bias
         from_batch = training or mean is None or var is None
         running = mean, var, count
-        settings = self.momentum, self.eps, self.channel_dim, self.activation
+        if settings is None:
+            settings = self.momentum, self.eps, self.channel_dim, self.activation
         population = sink = None
         if training:
             if self.renorm or self.virtual_batch_size or self.process_group:
@@ -370,10 +393,14 @@ class BatchNorm(WideStatistics, _BatchNorm):
     def _population(self, reference: Running) -> Population:
         check_virtual_batch_size(self.virtual_batch_size)
         check_renorm(self.renorm)
-        if self.renorm is not None and self._history is None:
-            self._history = deque(maxlen=MOST_FORWARDS)
+        history = None
+        # Compiled code is recomputed within itself, and would be compiled again for the new list.
+        if self.renorm is not None and not torch.compiler.is_compiling():
+            if self._history is None:
+                self._history = deque(maxlen=MOST_FORWARDS)
+            history = self._history
         sync = self._synchronizer()
-        return Population(self.virtual_batch_size, self.renorm, sync, reference, self._history)
+        return Population(self.virtual_batch_size, self.renorm, sync, reference, history)
 
     def shared(self, moments: Moments) -> Moments:
         """Moments of the elements of all processes that share this layer's statistics."""
