@@ -58,8 +58,6 @@ TESTS = {
         "test_functional.py", "test_validation.py", "layers/test_func.py",
         "layers/test_batch_norm.py", "layers/test_compile.py",
     ],
-    "ghost.py": ["test_ghost.py", "test_sync.py"],
-    "renorm.py": ["test_renorm.py"],
     "sync.py": ["test_sync.py"],
     "pooled.py": ["test_ghost.py", "test_renorm.py", "tools/test_together.py", "test_sync.py"],
     "autograd_moments.py": ["tools/test_together.py"],
