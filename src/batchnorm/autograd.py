@@ -174,5 +174,5 @@ def _reference_statistics(
         moments = Moments.of(x, mask, channel_dim=ctx.channel_dim)
         if ctx.pool is not None:
             moments, _ = ctx.pool.merge(moments)
-        mean, var = moments.mean, moments.variance()
+        mean, var = moments.mean, moments.normalizing_variance()
     return "reference", mean, var

@@ -322,7 +322,7 @@ _apply = super(torch.autograd.Function, NativeFunction).apply
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     """NativeFunction's gradients as functions of its inputs, by the reference."""
     x, weight, bias, y, mask, statistics = ctx.saved_tensors
-    _, eps, channel_dim = ctx.options
+    count, eps, channel_dim = ctx.options
     activation = native.ACTIVATION_NAMES[ctx.flags & native.ACTIVATION]
     dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
     sizes = [x.shape[channel_dim] if v is None else len(v) for v in (weight, bias)]
@@ -337,7 +337,10 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         weight, bias = (
             None if v is None else groups.spread(v, x.shape[groups.axes[1]]) for v in (weight, bias)
         )
-    if ctx.flags & native.TRAINING:
+    if ctx.pool is not None and not torch.is_grad_enabled():
+        # The others will not merge once more.
+        (mean, var), total = statistics, statistics.new_tensor(count)
+    elif ctx.flags & native.TRAINING:
         moments = Moments.of(x, mask, channel_dim=axes)
         if ctx.pool is not None:
             moments, _ = ctx.pool.merge(moments)

@@ -220,6 +220,14 @@ class Moments:
             free = torch.where(free > 0, free, 1.0)
         return torch.where(free > 0, self.m2 / free, torch.nan)
 
+    def normalizing_variance(self) -> Tensor:
+        """The biased variance; 1 where there is nothing.
+
+        What nothing counts of, such as a group that is all padding, would else be divided by √eps,
+        and overflow in half precision.
+        """
+        return torch.where(self.count > 0, self.variance(), 1.0)
+
 
 class Pool(Protocol):
     """Others with a share in the statistics: what they have is merged, or added, with what is here.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from batchnorm import autograd_moments, autograd_native
 from batchnorm.autograd import function
+from batchnorm.errors import InputError
 from batchnorm.ghost import Groups
 from batchnorm.kernels import native, select
 from batchnorm.moments import Axes, Moments, Pool
@@ -29,6 +30,7 @@ from batchnorm.validation import (
     Settings,
     check_count,
     check_group_counts,
+    check_group_sizes,
     check_options,
     check_running_given,
     check_shared_count,
@@ -36,8 +38,8 @@ from batchnorm.validation import (
     check_weights,
 )
 
-History = deque[tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Means, variances, and the r and d that belong to them."""
+History = deque[tuple[Tensor, Tensor, Tensor, Tensor, bool]]
+"""Means, variances, the r and d that belong to them, and whether hooks saw what was saved."""
 
 
 @torch.library.custom_op("batchnorm::snapshot", mutates_args=())
@@ -70,7 +72,7 @@ class Population(NamedTuple):
     def groups_only(self) -> int | None:
         """Samples in a group, if that is all."""
         alone = self.renorm is None and self.sync is None
-        return self.virtual_batch_size if alone else None
+        return (self.virtual_batch_size or 0) if alone else None
 
 
 def normalize(
@@ -98,11 +100,13 @@ def normalize(
         check_running_given(mean, var)
     if sync is None:
         check_count(values, x, mask, channel_dim)
+        if mask is None and size is not None:
+            check_group_sizes(x, values, size, channel_dim)
         header: tuple[int, ...] = ()
     else:
         if mask is not None and select.concrete(mask):
             check_weights(mask)
-        sync.agree(x, channel_dim, virtual_batch_size=size or 0, renorm=int(renorm is not None))
+        sync.agree(x, channel_dim, virtual_batch_size=size or 0, renorm=renorm is not None)
         header = header_of(x)
     if native.serves(x, weight, bias, residual) and (size is None or sync is None):
         served = _by_native(x, weight, bias, residual, mask, settings, population, header)
@@ -134,9 +138,10 @@ def normalize_together(
     if mask is not None and select.concrete(mask):
         check_weights(mask)
     if population.sync is not None:
-        population.sync.agree(x, channel_dim)
+        renorm = population.renorm is not None
+        population.sync.agree(x, channel_dim, renorm=renorm, together=True)
     moments = meet(autograd_moments.moments_of(x, mask, channel_dim))
-    mean, var = moments.mean, moments.variance()
+    mean, var = moments.mean, moments.normalizing_variance()
     # No history: nothing of this will be done again, and these statistics hold their graph.
     weight, bias = _affine(mean, var, weight, bias, eps, population._replace(history=None))
     fused = activation if isinstance(activation, str) else None
@@ -187,7 +192,9 @@ def _by_reference(
             # Groups that are all of one size have one count.
             check_group_counts(moments.count.flatten().expand(len(moments.mean)))
         empty = sync is not None and _empty(total)
-    weight, bias = _affine(moments.mean, moments.variance(), weight, bias, eps, population)
+    weight, bias = _affine(
+        moments.mean, moments.normalizing_variance(), weight, bias, eps, population
+    )
     y = _by_function(x, weight, bias, residual, mask, moments, eps, activation, axes, pool)
     if groups is not None:
         y = groups.join(y)
@@ -216,7 +223,7 @@ def _by_native(
     if sync is not None:
         total, _ = sync.merge(total, header)
         _empty(total)
-        mean, var = total.mean, total.variance()
+        mean, var = total.mean, total.normalizing_variance()
     weight, bias = _affine(mean, var, weight, bias, eps, population)
     statistics = mean, var, total.count.item()
     y = autograd_native.normalize(
@@ -252,7 +259,7 @@ def _by_function(
     weight, bias = (None if v is None else v.expand(shape) for v in (weight, bias))
     y: Tensor = function()(
         *(x, weight, bias, residual, mask),
-        *(moments.count, moments.mean, moments.variance(), eps, fused, axes, pool),
+        *(moments.count, moments.mean, moments.normalizing_variance(), eps, fused, axes, pool),
     )[0]
     return y
 
@@ -294,7 +301,7 @@ def _affine(
         r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
         r, d = r.detach(), d.detach()  # in forward mode too, where the running statistics are not
         if found is None and population.history is not None and later:
-            population.history.append((mean, var, r, d))
+            population.history.append((mean, var, r, d, native.hooked()))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
 
@@ -307,11 +314,20 @@ def _recalled(mean: Tensor, var: Tensor, history: History | None) -> tuple[Tenso
     """
     if history is None:
         return None
+    # One kind of checkpointing watches what is saved, both times; the other saves nothing at first.
+    hooked = native.hooked()
     for at in reversed(range(len(history))):
-        old_mean, old_var, r, d = entry = history[at]
-        if torch.equal(old_mean, mean) and torch.equal(old_var, var):
+        old_mean, old_var, r, d, watched = entry = history[at]
+        if watched == hooked and torch.equal(old_mean, mean) and torch.equal(old_var, var):
             # Now behind all others: a graph that is kept may ask for it once more.
             del history[at]
             history.appendleft(entry)
             return r, d
+    if len(history) == history.maxlen:
+        raise InputError(
+            "expected to find the statistics of a forward pass that activation checkpointing does "
+            f"again, got more than {history.maxlen} forward passes of this layer since then, which "
+            "is all that a layer with renorm remembers: call backward sooner, or leave this layer "
+            "out of the checkpoint"
+        )
     return None

@@ -1,15 +1,16 @@
 """Statistics that several processes share: as if one of them had the batches of all.
 
-Forward, each process sends what it has, (count, mean, m2), in one message of 2C + 5 numbers, and
+Forward, each process sends what it has, (count, mean, m2), in one message of 2C + 3 numbers, and
 merges what comes from all: exact for batches of any sizes, empty ones and masks too. Backward, the
 two sums that the gradient needs are added in one message of 2C numbers. Where groups of samples
 (ghost batches) cross from one process to the next, they are those of the processes' batches put
-together in the order of ranks.
+together in the order of ranks; then the sizes of the batches are exchanged first, and read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,11 @@ def resolve(group: Group) -> Group:
     return group if distributed.get_world_size(group) > 1 else None
 
 
+def is_world(group: Group) -> bool:
+    """Whether this is, as an object, the group of all processes."""
+    return distributed.is_available() and group is distributed.group.WORLD
+
+
 class Synchronizer:
     """A process group as a `Pool`.
 
@@ -62,13 +68,34 @@ class Synchronizer:
     """
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        # All processes' group is asked for anew: kept here, it would outlive its destruction, and
+        # its threads the interpreter (torch 2.13 aborts then, at times).
+        self._group = None if group is distributed.group.WORLD else group
+        self._identity = id(group)
+        self.name: str = group.group_name
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
         self.agreed = False
         self._listens_at = 0.0
 
-    def agree(self, x: Tensor, channel_dim: int, **options: int) -> None:
+    def serves(self, group: Group) -> bool:
+        """Whether this is the group, and not another that has come after it."""
+        return self._identity == id(group) and self.size == distributed.get_world_size(group)
+
+    @property
+    def group(self) -> Group:
+        """The process group."""
+        return distributed.group.WORLD if self._group is None else self._group
+
+    def agree(
+        self,
+        x: Tensor,
+        channel_dim: int,
+        *,
+        virtual_batch_size: int = 0,
+        renorm: bool = False,
+        together: bool = False,
+    ) -> None:
         """Compare, once, what must be the same on all processes.
 
         A message of another length than expected ends the process (gloo) or waits for ever (NCCL):
@@ -82,7 +109,9 @@ class Synchronizer:
         mine = {
             "number of channels": x.shape[channel_dim],
             **dict(zip(HEADER, header_of(x), strict=True)),
-            **options,
+            "virtual_batch_size": virtual_batch_size,
+            "renorm": int(renorm),
+            "forward_together": int(together),
         }
         sent = torch.tensor(list(mine.values()), dtype=torch.int64, device=x.device)
         compare(self._gather(sent).tolist(), tuple(mine))
@@ -99,12 +128,12 @@ class Synchronizer:
             SyncError: the headers differ, or a process did not come.
         """
         packed = pack(local)
-        if header:
-            packed = torch.cat([packed.new_tensor(header), packed])
-        gathered = self.gather(packed)
-        if header and select.concrete(gathered):
-            compare(gathered[:, : len(header)].tolist(), HEADER)
-        merged = unpack(gathered[:, len(header) :]).merged()
+        # Always there, so that the message has its length; filled in place, which is no wait.
+        numbers = [packed.new_full((1,), number) for number in header or NO_HEADER]
+        gathered = self.gather(torch.cat([*numbers, packed]))
+        if select.concrete(gathered):
+            compare(gathered[:, : len(HEADER)].tolist(), HEADER)
+        merged = unpack(gathered[:, len(HEADER) :]).merged()
         return merged, merged
 
     def sum(self, values: Tensor) -> Tensor:
@@ -135,7 +164,9 @@ class Synchronizer:
             return
         try:
             collective(self.group)
-        except RuntimeError as error:  # gloo's time-outs and lost connections
+        except RuntimeError as error:
+            if not _LOST.search(str(error)):
+                raise
             self._tell()
             raise SyncError(_absence(self.size)) from error
 
@@ -153,8 +184,7 @@ class Synchronizer:
         Raises:
             SyncError: they have.
         """
-        now = time.monotonic()
-        if now < self._listens_at or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (now := time.monotonic()) < self._listens_at:
             return
         self._listens_at = now + 1
         gone = False
@@ -165,7 +195,7 @@ class Synchronizer:
 
     @property
     def _word(self) -> str:
-        return f"batchnorm/{self.group.group_name}/gone"
+        return f"batchnorm/{self.name}/gone"
 
 
 class SyncedGroups:
@@ -238,13 +268,21 @@ class SyncedGroups:
         return torch.cat([first, rows[1:-1], last]) if len(rows) > 1 else first
 
 
-#: What must be alike in each step, too.
+#: What must be alike in each step, too; and what is sent where there is no such step.
 HEADER = ("dtype", "gradient of the input")
+NO_HEADER = (-1, 0)
+
+#: What gloo and NCCL say of a time-out or of a connection that is lost.
+_LOST = re.compile(
+    r"time[ds]?[ -]?out|connection|peer|socket|read error|write error", re.IGNORECASE
+)
 
 
 def header_of(x: Tensor) -> tuple[int, ...]:
     """`HEADER`'s values here."""
-    return DTYPES.index(x.dtype) if x.dtype in DTYPES else -1, int(x.requires_grad)
+    return DTYPES.index(x.dtype) if x.dtype in DTYPES else -1, int(
+        torch.is_grad_enabled() and x.requires_grad
+    )
 
 
 def compare(rows: list[list[int]], names: tuple[str, ...]) -> None:
@@ -310,7 +348,10 @@ def _store() -> Any:
 def _disagreement(name: str, values: list[int]) -> str:
     shown: list[Any] = list(values)
     if name == "dtype":
-        shown = [str(DTYPES[value]).removeprefix("torch.") for value in values]
+        shown = [
+            str(DTYPES[value]).removeprefix("torch.") if value >= 0 else "another"
+            for value in values
+        ]
     if name == "gradient of the input":
         shown = ["wanted" if value else "not wanted" for value in values]
     listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(shown[:16]))

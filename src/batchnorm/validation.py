@@ -223,6 +223,19 @@ def check_shared_count(total: float) -> None:
         )
 
 
+def check_group_sizes(x: Tensor, values: int, size: int, channel_dim: int) -> None:
+    """Refuse groups of samples that leave one value per channel in the last one."""
+    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    last = samples % size or min(size, samples)
+    if 0 < last * values < MIN_COUNT * samples:
+        raise InputError(
+            "expected more than 1 value per channel in each group of virtual_batch_size samples, "
+            f"got 1 in the last of {samples} samples in groups of {size}: the variance of one "
+            "value is 0 and says nothing. Use another virtual_batch_size, or drop the batch's last "
+            "samples (DataLoader(drop_last=True) drops a short last batch)"
+        )
+
+
 def check_group_counts(counts: Tensor, *, whose: str = "") -> None:
     """Refuse groups of samples with too few values. One with nothing that counts is none."""
     few = (counts > 0) & (counts < MIN_COUNT)

@@ -26,7 +26,7 @@ from batchnorm.moments import Moments
 from batchnorm.pooled import History, Population, normalize_together, shared
 from batchnorm.renorm import Renorm, check_renorm
 from batchnorm.running import Running, nonfinite_message
-from batchnorm.sync import WORLD, Group, Synchronizer, check_group, resolve
+from batchnorm.sync import WORLD, Group, Synchronizer, check_group, is_world, resolve
 from batchnorm.validation import Activation, Settings, check_options, check_virtual_batch_size
 
 #: Forward passes of a layer with renorm, within activation checkpointing, that may come before the
@@ -68,6 +68,8 @@ class BatchNorm(WideStatistics, _BatchNorm):
     - NaN and infinity do not enter the running statistics; a `NonFiniteWarning` names the layer.
     - Nothing has changed when an error is raised, `num_batches_tracked` included; an empty batch
       changes nothing either.
+    - What is computed during a backward pass updates nothing: activation checkpointing does there
+      again what has been counted. (Compiled code cannot tell, and counts twice.)
 
     Shape:
         x: any rank from 2 up, `num_features` channels on `channel_dim`; or a `PackedSequence`.
@@ -319,7 +321,11 @@ class BatchNorm(WideStatistics, _BatchNorm):
             settings = self.momentum, self.eps, self.channel_dim, self.activation
         population = sink = None
         if training:
-            if self.renorm or self.virtual_batch_size or self.process_group:
+            if (
+                self.virtual_batch_size is not None
+                or self.renorm is not None
+                or self.process_group is not None
+            ):
                 population = self._population(running)
             if self._together is not None:
                 meet = self._together(self, bank)
@@ -412,7 +418,7 @@ class BatchNorm(WideStatistics, _BatchNorm):
         group = resolve(self.process_group)
         if group is None:
             return None
-        if self._sync is None or self._sync.group is not group:
+        if self._sync is None or not self._sync.serves(group):
             self._sync = Synchronizer(group)
         return self._sync
 
@@ -449,7 +455,7 @@ class BatchNorm(WideStatistics, _BatchNorm):
             "_history": None,
         }
         if self.process_group is not None and self.process_group != WORLD:
-            if resolve(WORLD) is not self.process_group:
+            if not is_world(self.process_group):
                 raise ArgumentError(
                     f"expected process_group={WORLD!r} or None in a layer to be pickled, got a "
                     "group that belongs to this program: save the state_dict, or set it to None"

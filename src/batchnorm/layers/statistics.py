@@ -35,6 +35,19 @@ class WideStatistics(nn.Module):
                 source = buffer if exact is None else exact
                 setattr(self, name, source.to(buffer.device, torch.float32))
 
+    def reset_running_stats(self) -> None:
+        """As if no batch had come; to banks, neither."""
+        # A bank's are reset by hand: torch's method is that of its layers.
+        self.__dict__.pop(SHARED, None)
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+        counter = getattr(self, "num_batches_tracked", None)
+        if counter is not None:
+            counter.zero_()
+        for bank in getattr(self, "banks", {}).values():
+            bank.reset_running_stats()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.__dict__.pop(SHARED, None)

@@ -17,6 +17,7 @@ from batchnorm.kernels import select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.running import nonfinite_message, take_in
+from batchnorm.sync import WORLD, Synchronizer, resolve
 from batchnorm.tools.layers import batch_norms
 
 _Collected = dict[Any, tuple[_BatchNorm, Moments]]
@@ -34,7 +35,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     The update is the one that their union as one batch would have made: weighted by count, with the
     variance between micro-batches, and counted once. Each micro-batch is normalised by its own
     statistics as usual; `forward_together` normalises all by those of the union. If an exception
-    leaves the block, there is no update. A block within a block hands over to the outer one.
+    leaves the block, there is no update. A block within a block hands over to the outer one. A
+    layer that each micro-batch passes twice makes one update of both, not two.
 
     Args:
         model: with any batch norm layers. Ours hand over the moments that they have anyway; torch's
@@ -105,4 +107,8 @@ def _watch(layer: _BatchNorm, stack: ExitStack) -> None:
 def _hand_over(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
     if layer.training and layer.track_running_stats is not False and not select.recomputing():
         x = args[0] if args else kwargs["input"]
-        layer._collect(layer, layer, Moments.of(x))
+        moments = Moments.of(x)
+        if isinstance(layer, nn.SyncBatchNorm):
+            group = resolve(layer.process_group or WORLD)
+            moments = moments if group is None else Synchronizer(group).merge(moments)[0]
+        layer._collect(layer, layer, moments)

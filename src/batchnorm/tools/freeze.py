@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -16,6 +17,8 @@ from batchnorm.tools.layers import batch_norms, keepers
 #: Under this name a layer keeps what `unfreeze` is to give back.
 _KEPT = "_before_freezing"
 
+_AFFINE = re.compile(r"(weight|bias)(_orig)?|parametrizations\.(weight|bias)\..*")
+
 
 def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) -> None:
     """Freeze the batch norm layers of a model, whatever `train()` and `eval()` are called later.
@@ -23,7 +26,8 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) ->
     A frozen layer normalises by its running statistics, as in evaluation, also in training, and
     does not update them; γ and β get no gradient. `unfreeze` gives everything back: momentum,
     counters and `requires_grad` are kept. Frozen layers stay so when the model is copied, pickled
-    or moved; a state dict does not know of it.
+    or moved; a state dict does not know of it. (Freezing layers of torch's own lets torch.compile
+    forget what it has compiled, once: it would not see them frozen.)
 
     Args:
         model: with any batch norm layers, ours or torch's.
@@ -53,11 +57,14 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) ->
                 f"expected running statistics to freeze in layer {name!r}, {layer}, got none "
                 "(track_running_stats=False); with statistics=False only γ and β are frozen"
             )
+    hooked = statistics and any(_needs_hooks(layer) for _, layer in layers)
     for _, layer in layers:
         if statistics:
             _freeze_statistics(layer)
         if affine:
             _remember(layer)
+    if hooked and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code does not see hooks that come later
     # Afterwards: layers may share a parameter.
     for _, layer in layers if affine else ():
         _freeze_affine(layer)
@@ -81,9 +88,10 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) 
             _unfreeze_affine(layer)
 
 
-def _affine(keeper: Any) -> dict[str, nn.Parameter]:
-    own = dict(keeper.named_parameters(recurse=False))
-    return {name: own[name] for name in ("weight", "bias") if name in own}
+def _affine(keeper: nn.Module) -> dict[str, nn.Parameter]:
+    """γ and β by name, or what torch's pruning and parametrizations make them of."""
+    own = keeper.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in own if _AFFINE.fullmatch(name)}
 
 
 def _remember(layer: _BatchNorm) -> None:
@@ -109,15 +117,18 @@ def _unfreeze_affine(layer: _BatchNorm) -> None:
             parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
+def _needs_hooks(layer: _BatchNorm) -> bool:
+    ours = isinstance(layer, BatchNorm)
+    return not ours and _evaluate not in layer._forward_pre_hooks.values()
+
+
 def _freeze_statistics(layer: _BatchNorm) -> None:
     if isinstance(layer, BatchNorm):
         layer._frozen = True
-    elif _evaluate not in layer._forward_pre_hooks.values():
+    elif _needs_hooks(layer):
         # torch's layers ask `training` only: it is False while they run, and what it was after.
         layer.register_forward_pre_hook(_evaluate, prepend=True)
         layer.register_forward_hook(_restore, always_call=True)
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not see hooks that come later
 
 
 def _unfreeze_statistics(layer: _BatchNorm) -> None:

@@ -15,7 +15,8 @@ def pause_statistics(model: nn.Module) -> Iterator[None]:
     """While it lasts, layers in training normalise by the batch and touch no running statistics.
 
     For passes that are not a training step: adversarial or generated examples, a gradient penalty,
-    the second forward pass of a sharpness-aware step. Evaluation is as always.
+    the second forward pass of a sharpness-aware step. Evaluation is as always. Copy the model
+    outside: a copy made within stays paused.
 
     Args:
         model: with any batch norm layers, ours or torch's.

@@ -78,7 +78,7 @@ def forward_together(
         raise ArgumentError("expected one forward_together at a time, got one within another")
     names = {layer: name for name, layer in own_batch_norms(model)}
     for layer, name in names.items():
-        if layer.virtual_batch_size is not None:
+        if layer.virtual_batch_size is not None and layer.training:
             raise ArgumentError(
                 "expected layers without virtual_batch_size, which makes batches smaller where "
                 f"this makes them larger; got {layer} at {name!r}"
@@ -180,15 +180,24 @@ class _Surroundings:
             for kind in kinds
         ]
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         self.default_device = torch.get_default_device()
+        self.inference = torch.is_inference_mode_enabled()
+        self.hooks = _hooks()
 
     def enter(self, stack: ExitStack) -> None:
-        stack.enter_context(torch.set_grad_enabled(self.grad))
+        if self.inference:
+            stack.enter_context(torch.inference_mode())
+        else:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+        if self.hooks is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self.hooks))
         for kind, dtype, enabled in self.autocast:
             # Without its cache: weights cast once would be those of this thread's graph.
             stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
         if self.device is not None:
             stack.enter_context(torch.cuda.device(self.device))
+            stack.enter_context(torch.cuda.stream(self.stream))
         if self.default_device != torch.get_default_device():
             stack.enter_context(self.default_device)
 
@@ -203,9 +212,9 @@ class _Meeting:
 
     def hold(self) -> list[Any]:
         """The results of all."""
-        for walker in self.walkers:
-            walker.start()
         try:
+            for walker in self.walkers:
+                walker.start()
             while True:
                 for walker in self.walkers:
                     walker.go_on()
@@ -217,9 +226,10 @@ class _Meeting:
         finally:
             for walker in self.walkers:
                 walker.taken = None
-                while not walker.done:
+                while walker.is_alive() and not walker.done:
                     walker.go_on()
-                walker.join()
+                if walker.ident is not None:
+                    walker.join()
 
     def _merge(self) -> None:
         at = [walker.at for walker in self.walkers]

@@ -1,13 +1,12 @@
 // Groups of samples with statistics of their own, one after the other in memory.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "masks.h"
 
 namespace {
-
-inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Groups {
   int64_t number = 1;
@@ -34,7 +33,7 @@ struct Groups {
     counts.assign(number, 0);
     for (int64_t group = 0; group < number; ++group) {
       const int64_t from = group * rows * shape.inner;
-      const int64_t to = smaller_of((group + 1) * rows, shape.outer) * shape.inner;
+      const int64_t to = std::min((group + 1) * rows, shape.outer) * shape.inner;
       if (!mask) counts[group] = double(to - from);
       else if (dtype == Dtype::kDouble)
         for (int64_t k = from; k < to; ++k) counts[group] += ((const double*)mask)[k];

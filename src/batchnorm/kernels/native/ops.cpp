@@ -165,7 +165,7 @@ void each_group(const Operands& of, const Call& whole, const One& one) {
     Call call = whole;
     const Shape& shape = of.layout.shape;
     const int64_t first = group * groups.rows;
-    call.shape.outer = smaller_of(groups.rows, shape.outer - first);
+    call.shape.outer = std::min(groups.rows, shape.outer - first);
     const int64_t at = first * shape.channels * shape.inner * bytes;
     call.x = (const char*)call.x + at;
     if (call.mask) call.mask = (const char*)call.mask + first * shape.inner * weight_bytes;
