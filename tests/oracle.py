@@ -189,8 +189,8 @@ def step(
         part = (slice(None),) * axis + (group,)
         of_mask = None if mask is None else mask[group]
         nothing = of_mask is not None and not (of_mask > 0).any()
-        # Moments of nothing are 0, and constants.
-        given = (np.zeros(channels), np.zeros(channels)) if nothing else None
+        # Where nothing counts, mean 0 and variance 1, constants.
+        given = (np.zeros(channels), np.ones(channels)) if nothing else None
         options = {"eps": eps, "channel_dim": channel_dim, "given": given}
         options["mask"] = None if nothing else of_mask
         mean, var = given or moments(x[part], of_mask, channel_dim)[1:3]

@@ -1,6 +1,7 @@
 """Ghost batches: a loop over the groups, by the oracle, in every derivative; one running update."""
 
 import itertools
+import math
 import sys
 
 import numpy as np
@@ -688,3 +689,21 @@ def test_packed_sequences_that_cannot_be():
             bn(packed)
         assert bn.num_batches_tracked == 0
         assert torch.equal(bn.running_var, torch.ones(bn.num_features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_group_of_padding_stays_in_range(kernels, dtype):
+    """Variance 1 where nothing counts: divided by √eps, 1000 would leave half precision."""
+    x = torch.full((4, 3, 2), 1000.0, dtype=dtype)
+    x[:2] = torch.randn(2, 3, 2, dtype=dtype)
+    mask = torch.tensor([True, True, False, False])[:, None].expand(4, 2)
+    y = batch_norm(x, None, None, training=True, mask=mask, virtual_batch_size=2)
+    torch.testing.assert_close(y[2:], (x[2:].double() / math.sqrt(1 + 1e-5)).to(dtype))
+
+
+def test_groups_of_one_value_are_refused_compiled_too():
+    bn, x = BatchNorm(3, virtual_batch_size=2), torch.randn(5, 3)
+    for run in (bn, torch.compile(bn, backend="eager")):
+        with pytest.raises(Exception, match="got 1 in the last of 5 samples in groups of 2"):
+            run(x)
+    assert bn.num_batches_tracked == 0

@@ -15,6 +15,7 @@ import oracle
 from batchnorm import (
     ArgumentError,
     BatchNorm,
+    InputError,
     NonFiniteWarning,
     Renorm,
     batch_norm,
@@ -573,3 +574,33 @@ def test_what_is_kept_for_checkpointing_is_bounded_and_not_copied():
     assert len(bn._history) == 256
     assert all(not t.requires_grad for entry in bn._history for t in entry)
     assert not copy.deepcopy(bn)._history
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_other_passes_over_the_batch_do_not_answer_for_it(reentrant):
+    """A pass without gradients, as for a log, between a checkpointed one and its backward pass."""
+    x, dy = torch.randn(6, 3, dtype=torch.float64) * 3 + 1, torch.randn(6, 3, dtype=torch.float64)
+    gradients = []
+    for run in ("plain", "checkpoint"):
+        bn = BatchNorm(3, renorm=Renorm(1.2, 0.1, r_steps=(0, 0), d_steps=(0, 0))).double()
+        leaf = x.clone().requires_grad_()
+        forward = functools.partial(checkpoint, bn, use_reentrant=reentrant)
+        y = bn(leaf) if run == "plain" else forward(leaf)
+        if not reentrant:  # the other kind's first pass is such a one itself
+            with torch.no_grad():
+                bn(leaf)
+        gradients.append(torch.autograd.grad(y, leaf, dy)[0] if not reentrant else None)
+        if reentrant:
+            y.backward(dy)
+            gradients[-1] = leaf.grad
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
+def test_more_passes_than_are_remembered_are_an_error(monkeypatch):
+    monkeypatch.setattr("batchnorm.layers.batch_norm.MOST_FORWARDS", 3)
+    bn = BatchNorm(3, renorm=Renorm(1.2, 0.1, r_steps=(0, 0), d_steps=(0, 0)))
+    leaves = [torch.randn(6, 3, requires_grad=True) for _ in range(4)]
+    outputs = [checkpoint(bn, leaf, use_reentrant=False) for leaf in leaves]
+    outputs[-1].sum().backward()
+    with pytest.raises(InputError, match="3 forward passes"):
+        outputs[0].sum().backward()

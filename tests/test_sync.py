@@ -3,8 +3,10 @@
 Run as a program, this file is one of the processes: `test_sync.py RANK WORLD FOLDER SUITE`.
 """
 
+import contextlib
 import copy
 import datetime as dt
+import functools
 import os
 import pickle
 import re
@@ -16,6 +18,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import oracle
@@ -32,6 +35,7 @@ from batchnorm import (
     freeze,
 )
 from batchnorm.kernels import native
+from batchnorm.sync import Synchronizer
 from processes import launch
 
 AT_ONCE = Renorm(1.5, 0.3, r_steps=(0, 0), d_steps=(0, 0))
@@ -222,6 +226,11 @@ def train(model, x):
         optimizer.step()
 
 
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def disagreements(rank, world):
     """The message of each; every rank gets one, and nothing has changed."""
     f32, f64 = torch.float32, torch.float64
@@ -258,6 +267,20 @@ def disagreements(rank, world):
     mask = torch.zeros(4, dtype=torch.bool)
     mask[0] = other
     told("masked", BatchNorm(3, process_group="world"), torch.randn(4, 3), mask)
+
+    bn, x = BatchNorm(3, process_group="world"), torch.randn(4, 3, requires_grad=True)
+    with torch.set_grad_enabled(other):
+        told("gradient mode", bn, x)
+    network_of_one = nn.Sequential(BatchNorm(3, process_group="world"))
+    together = functools.partial(forward_together, network_of_one)
+    run, given = (together, [x]) if other else (network_of_one, x)
+    with pytest.raises(SyncError, match="same forward_together"):
+        run(given)
+
+    # Who is watched computes otherwise, and sends the same.
+    y = bn(x).sin().sum()
+    with Watched() if other else contextlib.nullcontext():
+        y.backward()
 
     bn = BatchNorm(3, process_group="world")
     bn(torch.randn(0, 3))  # empty everywhere: no step
@@ -455,6 +478,7 @@ def test_disagreement_is_told_to_every_rank(tmp_path):
         "renorm": "same renorm",
         "gradient, False": "same gradient of the input .* rank 0: not wanted, rank 1: wanted",
         "gradient, True": "same gradient of the input",
+        "gradient mode": "same gradient of the input",
         "dtype later": "same dtype",
         "dtype later, ghost": "same dtype",
         "one value": "more than 1 value per channel .* statistics that batches share",
@@ -499,6 +523,28 @@ def test_under_torchrun(tmp_path):
     ((status, output),) = launch(program, 2, torchrun=True)
     assert status == 0, output
     assert output.count("right") == 2
+
+
+def test_alone_in_a_group(tmp_path):
+    """The plain layer, by the plain way; and a program's own errors stay what they are."""
+    distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        bn, plain, x = BatchNorm(3, process_group="world"), BatchNorm(3), torch.randn(4, 3)
+        assert torch.equal(bn(x), plain(x))
+        assert bn(x.requires_grad_()).grad_fn.name() == plain(x).grad_fn.name()
+        bn.process_group = distributed.group.WORLD
+        assert pickle.loads(pickle.dumps(bn)).process_group == "world"
+
+        def mistaken(_):
+            raise RuntimeError("No backend type associated with device type cpu")
+
+        sync = Synchronizer(distributed.group.WORLD)
+        with pytest.raises(RuntimeError, match="No backend") as caught:
+            sync._run(mistaken)
+        assert not isinstance(caught.value, SyncError)
+        sync.listen()  # nobody is gone
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_is_no_group():

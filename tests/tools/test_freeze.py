@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from batchnorm import ArgumentError, BatchNorm, bank, freeze, unfreeze
 
@@ -261,3 +263,17 @@ def test_repr_tells():
     assert repr(layer).endswith("track_running_stats=True, frozen)")
     unfreeze(layer)
     assert "frozen" not in repr(layer)
+
+
+def test_parametrized_and_pruned_parameters_are_frozen():
+    for change in (
+        lambda bn: weight_norm(bn, dim=None),
+        lambda bn: prune.l1_unstructured(bn, "weight", amount=1),
+    ):
+        for bn in (BatchNorm(4), nn.BatchNorm1d(4)):
+            change(bn)
+            model = nn.Sequential(bn)
+            freeze(model)
+            assert not any(p.requires_grad for p in model.parameters())
+            unfreeze(model)
+            assert all(p.requires_grad for p in model.parameters())

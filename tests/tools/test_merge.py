@@ -107,13 +107,16 @@ def changed(rank):
     return [before, state(layer)]
 
 
+MANY = 10
+
+
 def restarted(rank, how, momentum):
     """After a reset, or other values, what was shared before is none of theirs."""
     layer = BatchNorm(3, momentum=momentum, dtype=torch.float64)
     for step in range(2):
         layer(batch(rank, 0, step))
     sync_statistics(layer)
-    if how == "reset":
+    if how.startswith("reset"):
         layer.reset_running_stats()
     else:
         other = BatchNorm(3, momentum=momentum, dtype=torch.float64)
@@ -122,7 +125,8 @@ def restarted(rank, how, momentum):
         layer.load_state_dict(other.state_dict())
         if how == "loaded":
             sync_statistics(layer)
-    for step in range(rank + 1):
+    # In one case there are then more batches than were shared.
+    for step in range(rank + 1 + (MANY if how == "reset, then many" else 0)):
         layer(batch(rank, 1, step))
     before = state(layer)
     sync_statistics(layer)
@@ -191,7 +195,7 @@ def work(rank, world, folder):
     }
     for function in (identical, banks, skipped, uncounted, changed, subgroup):
         results[function.__name__] = function(rank)
-    for how in ("reset", "loaded", "loaded and not told"):
+    for how in ("reset", "reset, then many", "loaded", "loaded and not told"):
         for momentum in MOMENTA:
             results[f"restarted {how} {momentum}"] = restarted(rank, how, momentum)
     for name in DIFFERENT:
@@ -338,6 +342,8 @@ def test_what_differs_without_a_batch_is_worth_the_same(results):
 def test_a_reset_forgets_what_was_shared(results, momentum):
     counts = range(1, len(results) + 1)
     assert_mixture(results, f"restarted reset {momentum}", counts, sum(counts))
+    counts = [MANY + count for count in counts]
+    assert_mixture(results, f"restarted reset, then many {momentum}", counts, sum(counts))
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
