@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError
+from batchnorm.kernels import select
 from batchnorm.moments import accumulation_dtype
 
 
@@ -78,13 +80,15 @@ class Renorm:
                     f"grow and where it is reached, got {steps!r}"
                 )
 
-    def limits(self, step: Tensor | None) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    def limits(self, step: Tensor | None) -> tuple[Any, Any]:
         """r_max and d_max after so many steps; in full for None."""
         if step is None:
             return self.r_max, self.d_max
+        # A number where it can be read at no cost: half of the time of a small call.
+        known = step.item() if select.concrete(step) else step
         return (
-            1 + (self.r_max - 1) * _grown(step, self.r_steps),
-            self.d_max * _grown(step, self.d_steps),
+            1 + (self.r_max - 1) * _grown(known, self.r_steps),
+            self.d_max * _grown(known, self.d_steps),
         )
 
     def correction(
@@ -97,11 +101,7 @@ class Renorm:
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """r and d for these means and biased variances, of their shape and precision."""
-        limits = self.limits(step)
-        # As exact as the means: torch's default dtype would round the limits to float32.
-        r_max, d_max = (
-            torch.as_tensor(limit, dtype=mean.dtype, device=mean.device) for limit in limits
-        )
+        r_max, d_max = self.limits(step)
         inverse = torch.rsqrt(running_var.to(mean.dtype) + eps)
         r = (var + eps).sqrt() * inverse
         d = (mean - running_mean) * inverse
@@ -114,9 +114,12 @@ def check_renorm(renorm: Renorm | None) -> None:
         raise ArgumentError(f"expected renorm to be None or Renorm(r_max, d_max), got {renorm!r}")
 
 
-def _grown(step: Tensor, steps: tuple[int, int]) -> Tensor:
+def _grown(step: Tensor | float, steps: tuple[int, int]) -> Any:
     """How much of the way from the first of two steps to the second is done, from 0 to 1."""
     first, last = steps
+    if not isinstance(step, Tensor):
+        done = (step - first) / (last - first) if last > first else float(step >= first)
+        return min(max(done, 0.0), 1.0)
     # Without a look at the value: on a device that would be a wait.
-    done = (step - first).to(accumulation_dtype(step.device))
-    return (done / (last - first)).clamp(0, 1) if last > first else (done >= 0).to(done.dtype)
+    away = (step - first).to(accumulation_dtype(step.device))
+    return (away / (last - first)).clamp(0, 1) if last > first else (away >= 0).to(away.dtype)
