@@ -597,7 +597,7 @@ def test_other_passes_over_the_batch_do_not_answer_for_it(reentrant):
 
 
 def test_more_passes_than_are_remembered_are_an_error(monkeypatch):
-    monkeypatch.setattr("batchnorm.layers.batch_norm.MOST_FORWARDS", 3)
+    monkeypatch.setattr("batchnorm.layers.control.MOST_FORWARDS", 3)
     bn = BatchNorm(3, renorm=Renorm(1.2, 0.1, r_steps=(0, 0), d_steps=(0, 0)))
     leaves = [torch.randn(6, 3, requires_grad=True) for _ in range(4)]
     outputs = [checkpoint(bn, leaf, use_reentrant=False) for leaf in leaves]
