@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.statistics import StatisticsBank, WideStatistics
