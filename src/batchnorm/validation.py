@@ -224,16 +224,13 @@ def check_shared_count(total: float) -> None:
 
 
 def check_group_sizes(x: Tensor, values: int, size: int, channel_dim: int) -> None:
-    """Refuse groups of samples that leave one value per channel in the last one."""
+    """Refuse groups of samples that leave one value per channel in one of them."""
     samples = x.shape[0 if channel_dim % x.dim() else 1]
     last = samples % size or min(size, samples)
     if 0 < last * values < MIN_COUNT * samples:
-        raise InputError(
-            "expected more than 1 value per channel in each group of virtual_batch_size samples, "
-            f"got 1 in the last of {samples} samples in groups of {size}: the variance of one "
-            "value is 0 and says nothing. Use another virtual_batch_size, or drop the batch's last "
-            "samples (DataLoader(drop_last=True) drops a short last batch)"
-        )
+        groups = -(-samples // size)
+        group = groups - 1 if last < size else 0
+        raise InputError(_few_in_a_group(1, f"group {group} of {groups}"))
 
 
 def check_group_counts(counts: Tensor, *, whose: str = "") -> None:
@@ -241,10 +238,14 @@ def check_group_counts(counts: Tensor, *, whose: str = "") -> None:
     few = (counts > 0) & (counts < MIN_COUNT)
     if few.any():
         group = int(few.nonzero()[0])
-        raise InputError(
-            "expected more than 1 value per channel in each group of virtual_batch_size samples, "
-            f"got a total weight of {float(counts[group]):g} in "
-            f"{whose or f'group {group} of {len(counts)}'}: the variance of one value is 0 and "
-            "says nothing. Use another virtual_batch_size, or drop the batch's last samples "
-            "(DataLoader(drop_last=True) drops a short last batch)"
-        )
+        where = whose or f"group {group} of {len(counts)}"
+        raise InputError(_few_in_a_group(float(counts[group]), where))
+
+
+def _few_in_a_group(count: float, where: str) -> str:
+    return (
+        "expected more than 1 value per channel in each group of virtual_batch_size samples, got a "
+        f"total weight of {count:g} in {where}: the variance of one value is 0 and says nothing. "
+        "Use another virtual_batch_size, or drop the batch's last samples "
+        "(DataLoader(drop_last=True) drops a short last batch)"
+    )
