@@ -474,8 +474,8 @@ def test_disagreement_is_told_to_every_rank(tmp_path):
     names = {
         "channels": "same number of channels .* rank 0: 3, rank 1: 4",
         "dtype": "same dtype .* rank 0: float32, rank 1: float64",
-        "ghost": "same virtual_batch_size .* rank 0: 0, rank 1: 2",
-        "renorm": "same renorm",
+        "ghost": "same virtual_batch_size .* rank 0: None, rank 1: 2",
+        "renorm": "same renorm .* rank 0: no, rank 1: yes",
         "gradient, False": "same gradient of the input .* rank 0: not wanted, rank 1: wanted",
         "gradient, True": "same gradient of the input",
         "gradient mode": "same gradient of the input",

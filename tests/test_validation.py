@@ -44,6 +44,7 @@ def packed(*lengths):
         ({"features": 3, "momentum": float("nan")}, r"momentum in \[0, 1\]"),
         ({"features": 3, "activation": "swish"}, "'relu', 'leaky_relu' or a function.*'swish'"),
         ({"features": 3, "activation": 3}, "got 3"),
+        ({"features": 3, "activation": torch.nn.ReLU}, r"class ReLU; pass ReLU\(\)"),
         ({"features": 3, "dtype": torch.long}, "floating dtype, got torch.int64"),
         ({"features": 3, "channel_dim": 1.0}, "channel_dim.*got 1.0"),
     ],

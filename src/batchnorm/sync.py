@@ -354,6 +354,10 @@ def _disagreement(name: str, values: list[int]) -> str:
         ]
     if name == "gradient of the input":
         shown = ["wanted" if value else "not wanted" for value in values]
+    if name == "virtual_batch_size":
+        shown = [value or None for value in values]
+    if name in ("renorm", "forward_together"):
+        shown = ["yes" if value else "no" for value in values]
     listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(shown[:16]))
     return (
         f"expected the same {name} on all processes that share statistics, got {listed}"

@@ -43,6 +43,11 @@ def check_options(eps: float, momentum: float | Tensor | None, activation: Activ
             f"expected momentum in [0, 1], the weight of the newest batch, got {momentum!r}; "
             "a Keras or Flax momentum m is 1 - m here"
         )
+    if isinstance(activation, type):
+        raise ArgumentError(
+            f"expected activation to be a function or a module, got the class {activation.__name__}"
+            f"; pass {activation.__name__}()"
+        )
     if not (activation is None or callable(activation) or activation in reference.ACTIVATIONS):
         names = ", ".join(map(repr, reference.ACTIVATIONS))
         raise ArgumentError(
