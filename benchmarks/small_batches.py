@@ -271,7 +271,7 @@ def model(message_us: dict[str, list[list[float]]]) -> list[dict[str, float]]:
     From the time α of a short message and β of a byte between two processes, measured here. All
     that the others have must come in when it is gathered: (W − 1)·m·β, whatever the algorithm; in
     rounds that double what is known there are log₂ W of them, each α. Sums take 2·log₂ W·α and
-    2·m·β (halving, then doubling). m is 8·(2C + 3) bytes forward and 16·C backward.
+    2·m·β (halving, then doubling). m is 8·(2C + 4) bytes forward and 16·C backward.
     """
     alpha_gather, beta = line(message_us["all_gather"])
     alpha_reduce = line(message_us["all_reduce"])[0] / 2  # two processes take two rounds
@@ -279,7 +279,7 @@ def model(message_us: dict[str, list[list[float]]]) -> list[dict[str, float]]:
     for channels in CHANNELS:
         for world in PROCESSES:
             rounds = math.log2(world)
-            gathered = 8 * (2 * channels + 3) * world
+            gathered = 8 * (2 * channels + 4) * world
             waiting = rounds * alpha_gather
             transfer = gathered * (world - 1) / world * beta
             rows.append(

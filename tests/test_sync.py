@@ -261,6 +261,11 @@ def disagreements(rank, world):
         told(f"gradient, {later}", bn, torch.randn(4, 3, requires_grad=other))
     ghost = BatchNorm(3, process_group="world", virtual_batch_size=3)
     ghost(torch.randn(4, 3))
+    counted = BatchNorm(3, process_group="world")
+    counted(torch.randn(4, 3))
+    if other:  # as if it had been in eval() for a while
+        counted._sync.calls -= 1
+    told("calls", counted, torch.randn(4, 3))
     told("dtype later, ghost", ghost, torch.randn(4, 3, dtype=dtype))
     told("one value", BatchNorm(3, process_group="world"), torch.randn(rank, 3))
     told("one in a group", ghost, torch.randn(2, 3))
@@ -480,6 +485,7 @@ def test_disagreement_is_told_to_every_rank(tmp_path):
         "gradient, True": "same gradient of the input",
         "gradient mode": "same gradient of the input",
         "dtype later": "same dtype",
+        "calls": "same number of calls before .* rank 0: 2, rank 1: 1",
         "dtype later, ghost": "same dtype",
         "one value": "more than 1 value per channel .* statistics that batches share",
         "one in a group": "each group of virtual_batch_size .* in a group of all",

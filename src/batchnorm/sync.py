@@ -1,6 +1,6 @@
 """Statistics that several processes share: as if one of them had the batches of all.
 
-Forward, each process sends what it has, (count, mean, m2), in one message of 2C + 3 numbers, and
+Forward, each process sends what it has, (count, mean, m2), in one message of 2C + 4 numbers, and
 merges what comes from all: exact for batches of any sizes, empty ones and masks too. Backward, the
 two sums that the gradient needs are added in one message of 2C numbers. Where groups of samples
 (ghost batches) cross from one process to the next, they are those of the processes' batches put
@@ -76,6 +76,7 @@ class Synchronizer:
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
         self.agreed = False
+        self.calls = 0
         self._listens_at = 0.0
 
     def serves(self, group: Group) -> bool:
@@ -108,7 +109,7 @@ class Synchronizer:
             return
         mine = {
             "number of channels": x.shape[channel_dim],
-            **dict(zip(HEADER, header_of(x), strict=True)),
+            **dict(zip(HEADER, header_of(x), strict=False)),
             "virtual_batch_size": virtual_batch_size,
             "renorm": int(renorm),
             "forward_together": int(together),
@@ -129,12 +130,19 @@ class Synchronizer:
         """
         packed = pack(local)
         # Always there, so that the message has its length; filled in place, which is no wait.
-        numbers = [packed.new_full((1,), number) for number in header or NO_HEADER]
+        numbers = [packed.new_full((1,), number) for number in self.numbered(header)]
         gathered = self.gather(torch.cat([*numbers, packed]))
         if select.concrete(gathered):
             compare(gathered[:, : len(HEADER)].tolist(), HEADER)
         merged = unpack(gathered[:, len(HEADER) :]).merged()
         return merged, merged
+
+    def numbered(self, header: tuple[int, ...]) -> tuple[int, ...]:
+        """A header with the number of the call: a late one must not pass for another."""
+        if not header or torch.compiler.is_compiling():
+            return NO_HEADER if not header else (*header, 0)
+        self.calls += 1
+        return *header, self.calls
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -207,7 +215,8 @@ class SyncedGroups:
     def __init__(self, sync: Synchronizer, x: Tensor, channel_dim: int, size: int) -> None:
         self.sync = sync
         samples = x.shape[0 if channel_dim % x.dim() else 1]
-        sent = torch.tensor([*header_of(x), samples], dtype=torch.int64, device=x.device)
+        header = sync.numbered(header_of(x))
+        sent = torch.tensor([*header, samples], dtype=torch.int64, device=x.device)
         rows: list[list[int]] = sync._gather(sent).tolist()
         compare(rows, HEADER)
         everyones = [row[-1] for row in rows]
@@ -269,8 +278,8 @@ class SyncedGroups:
 
 
 #: What must be alike in each step, too; and what is sent where there is no such step.
-HEADER = ("dtype", "gradient of the input")
-NO_HEADER = (-1, 0)
+HEADER = ("dtype", "gradient of the input", "number of calls before")
+NO_HEADER = (-1, 0, 0)
 
 #: What gloo and NCCL say of a time-out or of a connection that is lost.
 _LOST = re.compile(
@@ -370,7 +379,7 @@ def _absence(size: int) -> str:
     return (
         f"expected all {size} processes that share statistics to take part in this training step; "
         "one did not within the group's time-out, or is gone. Look for the first error among the "
-        "others' output. Is each of them in train() here, and does each call this layer equally "
-        "often? (An empty batch may be passed; eval() on one rank only, or a loop that ends early, "
-        "leaves the others waiting.)"
+        "others' output. Is each of them in train() here, and does each call this layer, and "
+        "backward on what comes out, equally often? (An empty batch may be passed; eval() on one "
+        "rank only, or a loop that ends early, leaves the others waiting.)"
     )

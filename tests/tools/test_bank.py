@@ -308,3 +308,12 @@ def test_repr():
     layer.add_bank("real", affine=True)
     assert repr(layer.banks.real) == "StatisticsBank(affine=True)"
     assert isinstance(layer.banks.real, StatisticsBank)
+
+
+def test_a_bank_that_does_not_fit_is_told_with_all_else():
+    source, target = nn.Sequential(BatchNorm(3)), nn.Sequential(BatchNorm(3))
+    bank(source, "a", affine=True)
+    made = bank(target, "a")
+    with pytest.raises(RuntimeError, match="0: expected bank 'a' as it is, affine=False"):
+        target.load_state_dict(source.state_dict())
+    assert repr(made) == "<bank 'a' of 1 layers>"

@@ -131,7 +131,10 @@ class Controlled(WideStatistics):
             if key.startswith(f"{prefix}banks.") and key.endswith(".running_mean"):
                 name = key.removeprefix(f"{prefix}banks.").removesuffix(".running_mean")
                 own = f"{prefix}banks.{name}.weight" in state_dict
-                self.add_bank(name, affine=own)
+                try:
+                    self.add_bank(name, affine=own)
+                except ArgumentError as error:  # told with all else that does not fit
+                    args[-1].append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

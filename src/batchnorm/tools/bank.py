@@ -60,6 +60,9 @@ class Bank:
         self._name = name
         self._outer: list[list[str | None]] = []
 
+    def __repr__(self) -> str:
+        return f"<bank {self._name!r} of {len(self._layers)} layers>"
+
     def __enter__(self) -> Bank:
         for layer in self._layers:
             if self._name not in getattr(layer, "banks", ()):
