@@ -29,7 +29,8 @@ def test_code_for_several_processes_runs(tmp_path):
     last = "distributed.destroy_process_group()\n"
     assert program.endswith(last)
     file = tmp_path / "train.py"
-    file.write_text(program.removesuffix(last) + after + last)
+    text = program.removesuffix(last) + after + last
+    file.write_text(text + "from processes import leave\nleave()\n")
     ((status, output),) = launch(file, 3, torchrun=True)
     assert status == 0, output
 

@@ -36,7 +36,7 @@ from batchnorm import (
 )
 from batchnorm.kernels import native
 from batchnorm.sync import Synchronizer
-from processes import launch
+from processes import launch, leave
 
 AT_ONCE = Renorm(1.5, 0.3, r_steps=(0, 0), d_steps=(0, 0))
 
@@ -525,6 +525,8 @@ def test_under_torchrun(tmp_path):
         "assert bn.running_mean.tolist() == [3.0, 4.0], bn.running_mean\n"
         "print('right')\n"
         "dist.destroy_process_group()\n"
+        "from processes import leave\n"
+        "leave()\n"
     )
     ((status, output),) = launch(program, 2, torchrun=True)
     assert status == 0, output
@@ -566,3 +568,4 @@ def test_what_is_no_group():
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    leave()

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import BatchNorm
-from processes import launch
+from processes import launch, leave
 
 WORLD = 2
 PASSES = {"train, train": (True, True), "train, eval": (True, False), "eval, train": (False, True)}
@@ -108,3 +108,4 @@ def test_gradients_and_buffers_are_those_computed_by_hand(results, case):
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), Path(sys.argv[3]))
+    leave()

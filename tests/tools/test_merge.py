@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 
 from batchnorm import ArgumentError, BatchNorm, SyncError, bank, sync_statistics
-from processes import launch
+from processes import launch, leave
 
 #: Batches of each process in each of the rounds between two calls. The second has none at first.
 ROUNDS = [(3, 0, 2), (1, 4, 2), (0, 0, 1), (0, 0, 0), (2, 1, 1)]
@@ -408,3 +408,4 @@ def test_what_is_no_group():
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()
