@@ -485,7 +485,7 @@ def test_disagreement_is_told_to_every_rank(tmp_path):
         "gradient, True": "same gradient of the input",
         "gradient mode": "same gradient of the input",
         "dtype later": "same dtype",
-        "calls": "same number of calls before .* rank 0: 2, rank 1: 1",
+        "calls": "same number of calls .* rank 0: 2, rank 1: 1",
         "dtype later, ghost": "same dtype",
         "one value": "more than 1 value per channel .* statistics that batches share",
         "one in a group": "each group of virtual_batch_size .* in a group of all",

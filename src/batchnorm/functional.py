@@ -183,10 +183,11 @@ def batch_norm_pure(
     check_momentum(momentum)
     running, settings = (running_mean, running_var, None), (momentum, eps, channel_dim, activation)
     population = population_of(virtual_batch_size, renorm, process_group, running)
-    if native.serves(x, weight, bias, residual):
+    # Not by `step`, which leaves out what is computed again: this changes nothing that counts.
+    if native.serves(x, weight, bias, residual) and not select.recomputing():
         if training and running_mean is not None and running_var is not None:
             running = running_mean.detach().clone(), running_var.detach().clone(), None
-        y, _ = _step(x, weight, bias, residual, mask, running, training, settings, population)
+        y, _ = step(x, weight, bias, residual, mask, running, training, settings, population)
         return BatchNormOutput(y, *running[:2])
     y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
     if moments is None or running_mean is None or running_var is None:
@@ -237,33 +238,15 @@ def step(
     Returns:
         y; and which channels refused the batch, where it is known that some did.
     """
-    if training and (running[0] is not None or sink is not None) and select.recomputing():
-        running, sink = (None, None, None), None
-    return _step(x, weight, bias, residual, mask, running, training, settings, population, sink)
-
-
-def _step(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    running: Running,
-    training: bool,
-    settings: Settings,
-    population: Population | None,
-    sink: Callable[[Moments], None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`step`, in whatever is running."""
-    if not training:
-        population = None
-    size = 0 if population is None else population.groups_only()
+    size = 0 if population is None or not training else population.groups_only()
     if size is not None:
         served = autograd_native.step(
             x, weight, bias, residual, mask, running, training, settings, size, sink
         )
         if served is not None:
             return served
+    if training and select.recomputing():
+        running, sink = (None, None, None), None
     y, moments = normalize(x, weight, bias, residual, mask, running, training, settings, population)
     if moments is None:
         return y, None

@@ -192,10 +192,10 @@ def _by_reference(
             # Groups that are all of one size have one count.
             check_group_counts(moments.count.flatten().expand(len(moments.mean)))
         empty = sync is not None and _empty(total)
-    weight, bias = _affine(
-        moments.mean, moments.normalizing_variance(), weight, bias, eps, population
-    )
-    y = _by_function(x, weight, bias, residual, mask, moments, eps, activation, axes, pool)
+    var = moments.normalizing_variance()
+    weight, bias = _affine(moments.mean, var, weight, bias, eps, population)
+    statistics = moments.count, moments.mean, var
+    y = _by_function(x, weight, bias, residual, mask, statistics, eps, activation, axes, pool)
     if groups is not None:
         y = groups.join(y)
     if callable(activation):
@@ -225,16 +225,17 @@ def _by_native(
         _empty(total)
         mean, var = total.mean, total.normalizing_variance()
     weight, bias = _affine(mean, var, weight, bias, eps, population)
-    statistics = mean, var, total.count.item()
     y = autograd_native.normalize(
-        *(x, weight, bias, residual, mask, statistics, settings, size or 0, sync)
+        *(x, weight, bias, residual, mask, (mean, var, total.count.item())),
+        *(settings, size or 0, sync),
     )
     if y is None and sync is None:
         return None
     if y is None:
         # The others will not merge once more.
         y = _by_function(
-            *(x, weight, bias, residual, mask, total, eps, activation, channel_dim, sync)
+            *(x, weight, bias, residual, mask, (total.count, mean, var)),
+            *(eps, activation, channel_dim, sync),
         )
         y = activation(y) if callable(activation) else y
     return y, total
@@ -246,21 +247,18 @@ def _by_function(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    moments: Moments,
+    statistics: tuple[Tensor, Tensor, Tensor],
     eps: float,
     activation: Activation,
     axes: Axes,
     pool: Pool | None,
 ) -> Tensor:
-    """y by these moments, before an activation that is a function."""
+    """y by this count, mean and variance, before an activation that is a function."""
     fused = activation if isinstance(activation, str) else None
     # Each group's gradient comes back by itself; autograd adds them.
-    shape = moments.mean.shape
+    shape = statistics[1].shape
     weight, bias = (None if v is None else v.expand(shape) for v in (weight, bias))
-    y: Tensor = function()(
-        *(x, weight, bias, residual, mask),
-        *(moments.count, moments.mean, moments.normalizing_variance(), eps, fused, axes, pool),
-    )[0]
+    y: Tensor = function()(x, weight, bias, residual, mask, *statistics, eps, fused, axes, pool)[0]
     return y
 
 

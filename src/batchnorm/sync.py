@@ -278,7 +278,7 @@ class SyncedGroups:
 
 
 #: What must be alike in each step, too; and what is sent where there is no such step.
-HEADER = ("dtype", "gradient of the input", "number of calls before")
+HEADER = ("dtype", "gradient of the input", "number of calls")
 NO_HEADER = (-1, 0, 0)
 
 #: What gloo and NCCL say of a time-out or of a connection that is lost.
