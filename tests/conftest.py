@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ctypes
 import sys
+import threading
 
 import hypothesis
 import pytest
@@ -50,6 +51,14 @@ def kernels(request):
         request.getfixturevalue("without_native")
     elif native.MISSING is not None:
         pytest.skip(native.MISSING)
+
+
+@pytest.fixture
+def no_thread_stays():
+    """No thread is left waiting."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,23 @@ TIMEOUT_S = 300
 #: position, and test_package.py holds the public ones to it.
 SKIPPED = ("#", "@overload", "@staticmethod", "*,")
 
+#: Several files of tests, of one theme.
+GHOST = [
+    "test_ghost.py", "test_ghost_masks.py", "test_ghost_faults.py", "test_ghost_layer.py",
+    "test_ghost_packed.py", "test_ghost_derivatives.py",
+]  # fmt: skip
+RENORM = [
+    "test_renorm.py", "test_renorm_schedule.py", "test_renorm_faults.py",
+    "test_renorm_derivatives.py", "test_renorm_checkpointing.py",
+]  # fmt: skip
+SYNC = [
+    "test_sync.py", "test_sync_group.py", "test_sync_networks.py", "test_sync_disagreement.py",
+    "test_sync_absence.py",
+]  # fmt: skip
+TOGETHER = [
+    "tools/test_together.py", "tools/test_together_faults.py", "tools/test_together_around.py",
+]  # fmt: skip
+
 #: For each file, the tests that concern it, the quickest to notice first.
 TESTS = {
     "moments.py": ["test_moments.py", "test_validation.py"],
@@ -43,24 +60,24 @@ TESTS = {
     ],
     "autograd_native.py": [
         "test_autograd_native.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
-        "test_validation.py", "test_combinations.py", "test_renorm.py", "test_ghost.py",
+        "test_validation.py", "test_combinations.py", *RENORM, *GHOST,
         "layers/test_persistence.py", "layers/test_batch_norm.py", "layers/test_layouts.py",
     ],
     "running.py": [
         "test_functional.py", "layers/test_func.py", "layers/test_batch_norm.py",
         "layers/test_compile.py",
     ],
-    "ghost.py": ["test_combinations.py", "test_ghost.py"],
-    "renorm.py": ["test_renorm.py", "test_combinations.py"],
-    "layers/packed.py": ["test_ghost.py"],
-    "validation.py": ["test_validation.py", "test_functional.py", "test_ghost.py"],
+    "ghost.py": ["test_combinations.py", *GHOST],
+    "renorm.py": [*RENORM, "test_combinations.py"],
+    "layers/packed.py": ["test_ghost_packed.py"],
+    "validation.py": ["test_validation.py", "test_functional.py", *GHOST],
     "functional.py": [
         "test_functional.py", "test_validation.py", "layers/test_func.py",
         "layers/test_batch_norm.py", "layers/test_compile.py",
     ],
-    "sync.py": ["test_sync.py"],
-    "pooled.py": ["test_ghost.py", "test_renorm.py", "tools/test_together.py", "test_sync.py"],
-    "autograd_moments.py": ["tools/test_together.py"],
+    "sync.py": SYNC,
+    "pooled.py": [*GHOST, *RENORM, *TOGETHER, *SYNC],
+    "autograd_moments.py": TOGETHER,
     "layers/statistics.py": ["tools/test_bank.py", "layers/test_persistence.py"],
     "tools/accumulate.py": ["tools/test_accumulate.py"],
     "tools/bank.py": ["tools/test_bank.py"],
@@ -68,7 +85,7 @@ TESTS = {
     "tools/layers.py": ["tools/test_layers.py"],
     "tools/merge.py": ["tools/test_merge.py"],
     "tools/pause.py": ["tools/test_pause.py"],
-    "tools/together.py": ["tools/test_together.py"],
+    "tools/together.py": TOGETHER,
     "layers/batch_norm.py": [
         "layers/test_batch_norm.py", "test_validation.py", "test_outline.py", "layers/test_swap.py",
         "layers/test_persistence.py", "layers/test_layouts.py", "layers/test_compile.py",
