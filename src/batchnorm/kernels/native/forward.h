@@ -256,18 +256,32 @@ struct ForwardWork : Work {
     for (; at < end; ++at) put1.store(at);
   }
 
-  template <class Q, int A, bool HasResidual>
+  // Of `Wide` registers side by side.
+  template <class Q, int A, bool HasResidual, int Wide = 1>
   inline void put_columns(int64_t from, int64_t to, int64_t j, bool stream) const {
-    const Put<Q, A, HasResidual> put = {x + j, moved(residual, j), y + j, Q::weights(column.near + j),
-                                        Q::weights(column.scale + j),
-                                        Q::weights(column.constant + j), Q::splat(slope)};
+    typedef Put<Q, A, HasResidual> Columns;
+    const auto columns_at = [&](int64_t at) {
+      return Columns{x + at,
+                     moved(residual, at),
+                     y + at,
+                     Q::weights(column.near + at),
+                     Q::weights(column.scale + at),
+                     Q::weights(column.constant + at),
+                     Q::splat(slope)};
+    };
+    const Columns put = columns_at(j), beside = columns_at(j + (Wide - 1) * Q::N);
     const int64_t step = columns, next = (from - to) * step * int64_t(sizeof(T));
     for (int64_t row = to; row-- > from;) {
       const int64_t at = row * step;
       prefetch(put.x + at, next);
       if (HasResidual) prefetch(put.residual + at, next);
-      if (stream) Q::stream(put.y + at, put.value(at));
-      else put.store(at);
+      if (stream) {
+        Q::stream(put.y + at, put.value(at));
+        if (Wide > 1) Q::stream(beside.y + at, beside.value(at));
+      } else {
+        put.store(at);
+        if (Wide > 1) beside.store(at);
+      }
     }
   }
 
@@ -276,6 +290,10 @@ struct ForwardWork : Work {
     const int64_t size = P::N * sizeof(T);
     const bool stream = call.stream && (uintptr_t)(y + begin) % size == 0 && columns % P::N == 0;
     int64_t j = begin;
+    // A register of 16-bit elements is half a cache line.
+    if (sizeof(T) == 2)
+      for (; j + 2 * P::N <= end; j += 2 * P::N)
+        put_columns<P, A, HasResidual, 2>(from, to, j, stream);
     for (; j + P::N <= end; j += P::N) put_columns<P, A, HasResidual>(from, to, j, stream);
     if (j < end && begin + P::N <= end) {
       put_columns<P, A, HasResidual>(from, to, end - P::N, false);
