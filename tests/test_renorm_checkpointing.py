@@ -14,6 +14,10 @@ from renorm_limits import AT_ONCE, close
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
+def recalled(layer):
+    return [once for recall in (layer._corrections or {}).values() for once in recall.passes]
+
+
 def network(size=None):
     torch.manual_seed(1)
     options = {"virtual_batch_size": size, "renorm": Renorm(3.0, 2.0, **AT_ONCE)}
@@ -76,13 +80,18 @@ def test_a_kept_graph_is_recomputed_with_the_same_correction_again():
     torch.testing.assert_close(*results, **close)
 
 
-def test_a_batch_of_the_same_mean_is_another_batch():
+@pytest.mark.parametrize(
+    "values",
+    [[(0.5, -0.5), (4.0, -4.0)], [(0.5, -0.5), (2.5, 1.5)]],
+    ids=["mean", "variance"],
+)
+def test_a_batch_of_the_same_moment_is_another_batch(values):
     results = []
     for checkpointed in (False, True):
         bn = BatchNorm(2, renorm=Renorm(3.0, 2.0, **AT_ONCE)).double()
         run = functools.partial(checkpoint, bn, use_reentrant=False) if checkpointed else bn
         dy = torch.arange(8.0).reshape(4, 2).double().sqrt()
-        leaves = [torch.tensor([[k, 1.0], [-k, -1.0]]).repeat(2, 1).double() for k in (0.5, 4.0)]
+        leaves = [torch.tensor([[a, 1.0], [b, -1.0]]).repeat(2, 1).double() for a, b in values]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         for loss in [(run(leaf) * dy).sum() for leaf in leaves]:
             loss.backward()
@@ -107,13 +116,14 @@ def test_what_is_kept_for_checkpointing_is_bounded_and_not_copied():
     bn = BatchNorm(3, renorm=Renorm(**AT_ONCE))
     for _ in range(300):
         bn(torch.randn(4, 3, requires_grad=True))
-    assert not bn._history  # nobody will compute these again
+    assert not recalled(bn)  # nobody will compute these again
     with torch.no_grad():
         for _ in range(300):
             bn(torch.randn(4, 3))
-    assert len(bn._history) == 256
-    assert all(not t.requires_grad for entry in bn._history for t in entry[:4])
-    assert not copy.deepcopy(bn)._history
+    assert len(recalled(bn)) == 256
+    kept = [(once.mean, once.var, *once.fact) for once in recalled(bn)]
+    assert not any(t.requires_grad for tensors in kept for t in tensors)
+    assert not recalled(copy.deepcopy(bn))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -137,7 +147,7 @@ def test_other_passes_over_the_batch_do_not_answer_for_it(reentrant):
 
 
 def test_more_passes_than_are_remembered_are_an_error(monkeypatch):
-    monkeypatch.setattr("batchnorm.layers.control.MOST_FORWARDS", 3)
+    monkeypatch.setattr("batchnorm.recall.MOST_FORWARDS", 3)
     bn = BatchNorm(3, renorm=Renorm(1.2, 0.1, r_steps=(0, 0), d_steps=(0, 0)))
     leaves = [torch.randn(6, 3, requires_grad=True) for _ in range(4)]
     outputs = [checkpoint(bn, leaf, use_reentrant=False) for leaf in leaves]

@@ -9,7 +9,6 @@ residual, because each is one step of the same way:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from batchnorm import autograd_moments, autograd_native
 from batchnorm.autograd import function
-from batchnorm.errors import InputError
 from batchnorm.ghost import Groups
 from batchnorm.kernels import native, select
 from batchnorm.moments import Axes, Moments, Pool
+from batchnorm.recall import Recall
 from batchnorm.renorm import Renorm
 from batchnorm.running import Running
 from batchnorm.sync import SyncedGroups, Synchronizer, header_of
@@ -38,8 +37,8 @@ from batchnorm.validation import (
     check_weights,
 )
 
-History = deque[tuple[Tensor, Tensor, Tensor, Tensor, bool]]
-"""Means, variances, the r and d that belong to them, and whether hooks saw what was saved."""
+Corrections = Recall[tuple[Tensor, Tensor]]
+"""r and d of forward passes that may be done again."""
 
 
 @torch.library.custom_op("batchnorm::snapshot", mutates_args=())
@@ -60,14 +59,14 @@ class Population(NamedTuple):
         renorm: how the statistics are drawn toward the running ones, or None.
         sync: the processes that share them, or None.
         reference: the running mean, variance and number of steps for `renorm`.
-        history: where forward passes that may be done again leave their corrections for `renorm`.
+        recall: what `renorm` made of forward passes that may be done again.
     """
 
     virtual_batch_size: int | None = None
     renorm: Renorm | None = None
     sync: Synchronizer | None = None
     reference: Running = (None, None, None)
-    history: History | None = None
+    recall: Corrections | None = None
 
     def groups_only(self) -> int | None:
         """Samples in a group, if that is all."""
@@ -106,7 +105,7 @@ def normalize(
     else:
         if mask is not None and select.concrete(mask):
             check_weights(mask)
-        sync.agree(x, channel_dim, virtual_batch_size=size or 0, renorm=renorm is not None)
+        sync.agree(x, settings, virtual_batch_size=size or 0, renorm=renorm is not None)
         header = header_of(x)
     if native.serves(x, weight, bias, residual) and (size is None or sync is None):
         served = _by_native(x, weight, bias, residual, mask, settings, population, header)
@@ -139,11 +138,11 @@ def normalize_together(
         check_weights(mask)
     if population.sync is not None:
         renorm = population.renorm is not None
-        population.sync.agree(x, channel_dim, renorm=renorm, together=True)
+        population.sync.agree(x, settings, renorm=renorm, together=True)
     moments = meet(autograd_moments.moments_of(x, mask, channel_dim))
     mean, var = moments.mean, moments.normalizing_variance()
-    # No history: nothing of this will be done again, and these statistics hold their graph.
-    weight, bias = _affine(mean, var, weight, bias, eps, population._replace(history=None))
+    # None of this will be done again, and these statistics hold their graph.
+    weight, bias = _affine(mean, var, weight, bias, eps, population._replace(recall=None))
     fused = activation if isinstance(activation, str) else None
     y = autograd_moments.normalize_by(
         x, weight, bias, residual, mask, mean, var, eps, fused, channel_dim
@@ -288,44 +287,21 @@ def _affine(
     renorm = population.renorm
     if renorm is None or running_mean is None or running_var is None:
         return weight, bias
-    later = population.history is not None and select.recomputed_later()
+    recall = population.recall
+    later = recall is not None and select.recomputed_later()
     with torch.no_grad():
-        found = _recalled(mean, var, population.history) if select.recomputing() else None
+        found = recall.find(mean, var) if recall is not None and select.recomputing() else []
         if torch.compiler.is_compiling() and not select.exported():
             # Else the compiler may compute r and d once more in the backward pass, from running
             # statistics that have moved (pytorch/pytorch#197039).
             running_mean, running_var = snapshot(running_mean), snapshot(running_var)
             counter = None if counter is None else snapshot(counter)
-        r, d = found or renorm.correction(mean, var, running_mean, running_var, counter, eps)
-        r, d = r.detach(), d.detach()  # in forward mode too, where the running statistics are not
-        if found is None and population.history is not None and later:
-            population.history.append((mean, var, r, d, native.hooked()))
+        if found:
+            r, d = found[0]
+        else:
+            r, d = renorm.correction(mean, var, running_mean, running_var, counter, eps)
+            r, d = r.detach(), d.detach()  # in forward mode too, where these statistics are not
+            if recall is not None and later:
+                recall.keep(mean, var, (r, d))
     shift = d if weight is None else weight * d
     return r if weight is None else weight * r, shift if bias is None else shift + bias
-
-
-def _recalled(mean: Tensor, var: Tensor, history: History | None) -> tuple[Tensor, Tensor] | None:
-    """The correction of the forward pass that is being done again.
-
-    Since then the running statistics have moved. The same batch gives the same bits; it may have
-    come in earlier steps too, and twice in this one, which goes back through the last pass first.
-    """
-    if history is None:
-        return None
-    # One kind of checkpointing watches what is saved, both times; the other saves nothing at first.
-    hooked = native.hooked()
-    for at in reversed(range(len(history))):
-        old_mean, old_var, r, d, watched = entry = history[at]
-        if watched == hooked and torch.equal(old_mean, mean) and torch.equal(old_var, var):
-            # Now behind all others: a graph that is kept may ask for it once more.
-            del history[at]
-            history.appendleft(entry)
-            return r, d
-    if len(history) == history.maxlen:
-        raise InputError(
-            "expected to find the statistics of a forward pass that activation checkpointing does "
-            f"again, got more than {history.maxlen} forward passes of this layer since then, which "
-            "is all that a layer with renorm remembers: call backward sooner, or leave this layer "
-            "out of the checkpoint"
-        )
-    return None

@@ -360,10 +360,10 @@ def test_renorm_remembers_only_forward_passes_that_may_be_done_again(reentrant):
     x, cotangent = torch.randn(8, 4) + 1, torch.randn(8, 4)
     twin, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(twin(leaf), leaf, cotangent)
-    assert not twin._history
+    assert not twin._corrections[twin].passes
     y = checkpoint(layer, leaf, use_reentrant=reentrant)
     for _ in range(3):
         layer(torch.randn(8, 4) - 5)
-    assert len(layer._history) == 1
+    assert len(layer._corrections[layer].passes) == 1
     y.backward(cotangent)
     assert torch.equal(leaf.grad, expected)

@@ -271,7 +271,9 @@ class BatchNorm(Controlled, _BatchNorm):
         settings: Settings | None = None,
     ) -> Tensor:
         training = self.training and not self._frozen
-        bank: Any = self if self._bank is None else self.banks[self._bank]
+        if settings is None:
+            settings = self.momentum, self.eps, self.channel_dim, self.activation
+        bank: Any = self if "banks" not in self._modules else self._keeper(x, mask, settings)
         buffers, parameters = bank._buffers, self._parameters
         try:
             # Modules look their tensors up by a slow way, 0.4 µs each.
@@ -285,8 +287,6 @@ class BatchNorm(Controlled, _BatchNorm):
             weight, bias = bank.weight, bank.bias
         from_batch = training or mean is None or var is None
         running = mean, var, count
-        if settings is None:
-            settings = self.momentum, self.eps, self.channel_dim, self.activation
         population = sink = None
         if training:
             if (
@@ -294,7 +294,7 @@ class BatchNorm(Controlled, _BatchNorm):
                 or self.renorm is not None
                 or self.process_group is not None
             ):
-                population = self._population(running)
+                population = self._population(running, bank)
             if self._together is not None:
                 meet = self._together(self, bank)
                 if meet is not None:

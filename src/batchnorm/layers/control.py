@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.kernels import native, select
 from batchnorm.layers.statistics import StatisticsBank, WideStatistics
 from batchnorm.moments import Moments
-from batchnorm.pooled import History, Population, shared
+from batchnorm.pooled import Corrections, Population, shared
+from batchnorm.recall import Recall
 from batchnorm.renorm import Renorm, check_renorm
 from batchnorm.running import Running
 from batchnorm.sync import WORLD, Group, Synchronizer, check_group, is_world, resolve
-from batchnorm.validation import check_virtual_batch_size
+from batchnorm.validation import Settings, check_tensors, check_virtual_batch_size
 
-#: Forward passes of a layer with renorm, within activation checkpointing, that may come before the
-#: backward pass of the first: micro-batches of a step, calls of a shared layer. Each keeps 4C
-#: numbers.
-MOST_FORWARDS = 256
-
+#: What a layer holds only while something goes on around it: no copy of it does.
+_PASSING = ("_sync", "_bank", "_collect", "_together", "_corrections", "_banked")
 
 Collect = Callable[[Any, Any, Moments], None]
 """Takes the moments of a batch of a layer, in place of the running statistics of the layer itself
@@ -52,12 +51,13 @@ class Controlled(WideStatistics):
     _bank: str | None
     _collect: Collect | None
     _together: Together | None
-    _history: History | None
+    _corrections: dict[Any, Corrections] | None
+    _banked: Recall[str | None] | None
 
     def _set_free(self) -> None:
         """As if no tool had ever acted on it."""
         self._frozen = False
-        self._sync = self._bank = self._collect = self._together = self._history = None
+        self.__dict__.update(dict.fromkeys(_PASSING))
 
     def check_bank(self, name: str, *, affine: bool = False) -> None:
         """Refuse a bank that cannot be, before any is made.
@@ -72,7 +72,8 @@ class Controlled(WideStatistics):
             or hasattr(torch.nn.ModuleDict(), name)
         ):
             raise ArgumentError(
-                f"expected the name of a bank to be a word such as 'fake', got {name!r}"
+                "expected the name of a bank to be a word such as 'fake' (and none that "
+                f"torch.nn.ModuleDict has a use for), got {name!r}"
             )
         if self.running_mean is None or (affine and self.weight is None):
             raise ArgumentError(
@@ -97,17 +98,55 @@ class Controlled(WideStatistics):
         if name not in self.banks:
             self.banks[name] = StatisticsBank(self, affine).train(self.training)
 
-    def _population(self, reference: Running) -> Population:
+    def _keeper(self, x: Tensor, mask: Tensor | None, settings: Settings) -> Any:
+        """The bank in use, or the layer itself.
+
+        Raises:
+            InputError: activation checkpointing does a pass again that may be one of several.
+        """
+        name = self._bank
+        again = select.recomputing()
+        if self._depends_on_bank() and (again or select.recomputed_later()):
+            *_, channel_dim, _ = settings
+            check_tensors(x, None, None, None, None, True, mask, None, channel_dim)
+            with torch.no_grad():
+                moments = select.moments(x.detach(), mask, channel_dim)
+            if self._banked is None:
+                self._banked = Recall()
+            if not again:
+                self._banked.keep(moments.mean, moments.m2, name)
+            elif names := self._banked.find(moments.mean, moments.m2):
+                if len(set(names)) > 1:
+                    used = ", ".join(sorted({bank or "the layer's own" for bank in names}))
+                    raise InputError(
+                        "expected to know the bank of a pass that activation checkpointing does "
+                        f"again, got the same data with several ({used}): call backward after "
+                        "each, or leave this layer out of the checkpoint"
+                    )
+                name = names[0]
+        return self if name is None else self.banks[name]
+
+    def _depends_on_bank(self) -> bool:
+        """Whether the output does, in a pass that is perhaps checkpointed."""
+        # Evaluation without gradients is not: it is not to cost more.
+        return (self.training or native.hooked()) and (
+            self._frozen
+            or not self.training
+            or self.renorm is not None
+            or any(bank.weight is not None for bank in self.banks.values())
+        )
+
+    def _population(self, reference: Running, keeper: Any) -> Population:
         check_virtual_batch_size(self.virtual_batch_size)
         check_renorm(self.renorm)
-        history = None
+        corrections = None
         # Compiled code is recomputed within itself, and would be compiled again for the new list.
         if self.renorm is not None and not torch.compiler.is_compiling():
-            if self._history is None:
-                self._history = deque(maxlen=MOST_FORWARDS)
-            history = self._history
+            if self._corrections is None:
+                self._corrections = {}
+            corrections = self._corrections.setdefault(keeper, Recall())
         sync = self._synchronizer()
-        return Population(self.virtual_batch_size, self.renorm, sync, reference, history)
+        return Population(self.virtual_batch_size, self.renorm, sync, reference, corrections)
 
     def shared(self, moments: Moments) -> Moments:
         """Moments of the elements of all processes that share this layer's statistics."""
@@ -140,21 +179,13 @@ class Controlled(WideStatistics):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Processes are shared, not copied; what goes on around this layer does not concern a copy.
         memo[id(self.process_group)] = self.process_group
-        for passing in (self._sync, self._history, self._collect, self._together):
-            memo[id(passing)] = None
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__ | {"_bank": None}, memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__ | dict.fromkeys(_PASSING), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {
-            "_sync": None,
-            "_bank": None,
-            "_collect": None,
-            "_together": None,
-            "_history": None,
-        }
+        state = self.__dict__ | dict.fromkeys(_PASSING)
         if self.process_group is not None and self.process_group != WORLD:
             if not is_world(self.process_group):
                 raise ArgumentError(
