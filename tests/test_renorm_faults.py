@@ -54,9 +54,9 @@ def test_without_running_statistics_it_is_refused():
         with pytest.raises(ArgumentError, match="running statistics with renorm"):
             call(torch.randn(6, 3), None, None, training=True, renorm=Renorm())
     for wrong in (3.0, (3, 5), Renorm):
-        with pytest.raises(ArgumentError, match="None or Renorm"):
+        with pytest.raises(ArgumentError, match="None or a Renorm"):
             BatchNorm(3, renorm=wrong)
-        with pytest.raises(ArgumentError, match="None or Renorm"):
+        with pytest.raises(ArgumentError, match="None or a Renorm"):
             batch_norm(torch.randn(6, 3), *state(), training=True, renorm=wrong)
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from batchnorm import BatchNorm, SyncError
+from batchnorm import BatchNorm, SyncError, sync_statistics
 from sync_ranks import results_of, serve
 
 TIMEOUT_S = 4
@@ -25,11 +25,13 @@ def absence(rank, world, how):
         os._exit(7)
     if how != "dies before backward":
         y.sin().sum().backward()
-    if how == "dies before forward" and rank == 1:
+    if how in ("dies before forward", "no sync_statistics") and rank == 1:
         os._exit(7)
     start = time.monotonic()
 
     def go_on():
+        if how == "no sync_statistics":
+            sync_statistics(bn)
         if how == "dies before backward":
             y.sin().sum().backward()
         while True:  # the rank in eval is told by what it does next
@@ -45,8 +47,11 @@ def absence(rank, world, how):
     return time.monotonic() - start, str(caught.value)
 
 
+HOW = ["dies before forward", "dies before backward", "eval", "no sync_statistics"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["dies before forward", "dies before backward", "eval"])
+@pytest.mark.parametrize("how", HOW)
 def test_absence_is_an_error_within_the_time_out(tmp_path, how):
     statuses = [0, 0 if how == "eval" else 7]
     ranks = results_of(__file__, tmp_path, 2, "absence", how, statuses=statuses)
@@ -54,7 +59,9 @@ def test_absence_is_an_error_within_the_time_out(tmp_path, how):
     for seconds, message in ranks:
         assert seconds < 3 * TIMEOUT_S
         assert "expected all 2 processes" in message
-        assert "eval()" in message
+        about_training = how != "no sync_statistics"
+        assert ("eval()" in message) == about_training
+        assert ("to call sync_statistics" in message) != about_training
 
 
 if __name__ == "__main__":

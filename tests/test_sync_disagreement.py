@@ -41,6 +41,9 @@ def disagreements(rank, world):
     told("ghost", BatchNorm(3, process_group="world", virtual_batch_size=size), torch.randn(4, 3))
     renorm = AT_ONCE if other else None
     told("renorm", BatchNorm(3, process_group="world", renorm=renorm), torch.randn(4, 3))
+    told("eps", BatchNorm(3, 1e-3 if other else 1e-5, process_group="world"), torch.randn(4, 3))
+    momentum = 0.25 if other else None
+    told("momentum", BatchNorm(3, 1e-5, momentum, process_group="world"), torch.randn(4, 3))
     for later in (False, True):
         bn = BatchNorm(3, process_group="world")
         if later:
@@ -90,6 +93,8 @@ def test_disagreement_is_told_to_every_rank(tmp_path):
         "dtype": "same dtype .* rank 0: float32, rank 1: float64",
         "ghost": "same virtual_batch_size .* rank 0: None, rank 1: 2",
         "renorm": "same renorm .* rank 0: no, rank 1: yes",
+        "eps": "same eps .* rank 0: 1e-05, rank 1: 0.001",
+        "momentum": "same momentum .* rank 0: None, rank 1: 0.25",
         "gradient, False": "same gradient of the input .* rank 0: not wanted, rank 1: wanted",
         "gradient, True": "same gradient of the input",
         "gradient mode": "same gradient of the input",

@@ -76,8 +76,8 @@ class Renorm:
                 and 0 <= steps[0] <= steps[1]
             ):
                 raise ArgumentError(
-                    f"expected {name} to be two step numbers in order, where the limit begins to "
-                    f"grow and where it is reached, got {steps!r}"
+                    f"expected {name} to be a tuple of two step numbers in order, where the limit "
+                    f"begins to grow and where it is reached, such as (0, 1000); got {steps!r}"
                 )
 
     def limits(self, step: Tensor | None) -> tuple[Any, Any]:
@@ -111,7 +111,10 @@ class Renorm:
 def check_renorm(renorm: Renorm | None) -> None:
     """Refuse what is no `Renorm`."""
     if renorm is not None and not isinstance(renorm, Renorm):
-        raise ArgumentError(f"expected renorm to be None or Renorm(r_max, d_max), got {renorm!r}")
+        raise ArgumentError(
+            f"expected renorm to be None or a Renorm, such as Renorm() with the paper's limits, "
+            f"got {renorm!r}"
+        )
 
 
 def _grown(step: Tensor | float, steps: tuple[int, int]) -> Any:

@@ -10,7 +10,9 @@ together in the order of ranks; then the sizes of the batches are exchanged firs
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor, distributed
 from batchnorm.errors import ArgumentError, SyncError
 from batchnorm.kernels import select
 from batchnorm.moments import Moments
-from batchnorm.validation import check_group_counts
+from batchnorm.validation import Settings, check_group_counts
 
 Group = Any
 """None, "world" or a torch.distributed.ProcessGroup: not every build of torch has those."""
@@ -43,7 +45,8 @@ def check_group(group: Group) -> None:
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise ArgumentError(
             f"expected process_group to be None, {WORLD!r} or a torch.distributed process group "
-            f"that this process is in, got {group!r}; of a DeviceMesh, take mesh.get_group()"
+            f"that this process is in, got {group!r}; of a DeviceMesh, take mesh.get_group(), and "
+            "where torch.distributed.new_group gave a process -100, it is not in that group"
         )
 
 
@@ -65,9 +68,13 @@ class Synchronizer:
 
     The first time, and whenever the caller cannot be sure that all have done so before, processes
     compare what they are about to share. On the CPU they compare some of it each time.
+
+    Args:
+        group: of more than one process.
+        function: what all of them must call, for the error; None for a layer in training.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, function: str | None = None) -> None:
         # All processes' group is asked for anew: kept here, it would outlive its destruction, and
         # its threads the interpreter (torch 2.13 aborts then, at times).
         self._group = None if group is distributed.group.WORLD else group
@@ -75,6 +82,7 @@ class Synchronizer:
         self.name: str = group.group_name
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
+        self.function = function
         self.agreed = False
         self.calls = 0
         self._listens_at = 0.0
@@ -91,7 +99,7 @@ class Synchronizer:
     def agree(
         self,
         x: Tensor,
-        channel_dim: int,
+        settings: Settings,
         *,
         virtual_batch_size: int = 0,
         renorm: bool = False,
@@ -107,12 +115,16 @@ class Synchronizer:
         """
         if self.agreed or torch.compiler.is_compiling():
             return
+        momentum, eps, channel_dim, _ = settings
         mine = {
             "number of channels": x.shape[channel_dim],
             **dict(zip(HEADER, header_of(x), strict=False)),
             "virtual_batch_size": virtual_batch_size,
             "renorm": int(renorm),
             "forward_together": int(together),
+            "eps": _bits(eps),
+            # A tensor's value may be on a device.
+            "momentum": _bits(math.nan if isinstance(momentum, Tensor) else momentum),
         }
         sent = torch.tensor(list(mine.values()), dtype=torch.int64, device=x.device)
         compare(self._gather(sent).tolist(), tuple(mine))
@@ -176,7 +188,7 @@ class Synchronizer:
             if not _LOST.search(str(error)):
                 raise
             self._tell()
-            raise SyncError(_absence(self.size)) from error
+            raise SyncError(self._absence()) from error
 
     def _tell(self) -> None:
         """Leave word for a process that is not waiting here."""
@@ -199,7 +211,23 @@ class Synchronizer:
         with contextlib.suppress(RuntimeError):  # the store's keeper may have left first
             gone = _store().check([self._word])
         if gone:
-            raise SyncError(_absence(self.size))
+            raise SyncError(self._absence())
+
+    def _absence(self) -> str:
+        if self.function is not None:
+            return (
+                f"expected all {self.size} processes to call {self.function}; one did not within "
+                "the group's time-out, or is gone. Look for the first error among the others' "
+                "output"
+            )
+        return (
+            f"expected all {self.size} processes that share statistics to take part in this "
+            "training step; one did not within the group's time-out, or is gone. Look for the "
+            "first error among the others' output. Is each of them in train() here, and does each "
+            "call this layer, and backward on what comes out, equally often? (An empty batch may "
+            "be passed; eval() on one rank only, or a loop that ends early, leaves the others "
+            "waiting.)"
+        )
 
     @property
     def _word(self) -> str:
@@ -367,6 +395,8 @@ def _disagreement(name: str, values: list[int]) -> str:
         shown = [value or None for value in values]
     if name in ("renorm", "forward_together"):
         shown = ["yes" if value else "no" for value in values]
+    if name in ("eps", "momentum"):
+        shown = [_number(value) for value in values]
     listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(shown[:16]))
     return (
         f"expected the same {name} on all processes that share statistics, got {listed}"
@@ -375,11 +405,10 @@ def _disagreement(name: str, values: list[int]) -> str:
     )
 
 
-def _absence(size: int) -> str:
-    return (
-        f"expected all {size} processes that share statistics to take part in this training step; "
-        "one did not within the group's time-out, or is gone. Look for the first error among the "
-        "others' output. Is each of them in train() here, and does each call this layer, and "
-        "backward on what comes out, equally often? (An empty batch may be passed; eval() on one "
-        "rank only, or a loop that ends early, leaves the others waiting.)"
-    )
+def _bits(number: float | None) -> int:
+    """A number, or None, as an integer that a message can carry."""
+    return -1 if number is None else int.from_bytes(struct.pack(">d", number))
+
+
+def _number(bits: int) -> float | None:
+    return None if bits == -1 else struct.unpack(">d", bits.to_bytes(8))[0]

@@ -53,8 +53,9 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) ->
     layers = list(batch_norms(model))
     for name, layer in layers:
         if statistics and (layer.running_mean is None or layer.running_var is None):
+            where = f"layer {name!r}, {layer}" if name else layer
             raise ArgumentError(
-                f"expected running statistics to freeze in layer {name!r}, {layer}, got none "
+                f"expected running statistics to freeze in {where}, got none "
                 "(track_running_stats=False); with statistics=False only γ and β are frozen"
             )
     hooked = statistics and any(_needs_hooks(layer) for _, layer in layers)

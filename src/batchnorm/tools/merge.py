@@ -57,7 +57,7 @@ def sync_statistics(model: nn.Module, process_group: Group = None) -> None:
     group = resolve(group)
     if group is None:
         return
-    sync = Synchronizer(group)
+    sync = Synchronizer(group, "sync_statistics")
     devices = [keeper.running_mean.device for keeper, _ in found]
     device = devices[0] if found else next(model.parameters(), torch.empty(0)).device
     described = torch.tensor([_description(model)], device=device)

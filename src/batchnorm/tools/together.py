@@ -58,8 +58,9 @@ def forward_together(
         What the model, or `step`, gave for each micro-batch. Add the losses and call backward once.
 
     Raises:
-        ArgumentError: there are no such layers, or others beside them; or a layer has a
-            virtual_batch_size, which asks for the opposite; or it is called within a `step`.
+        ArgumentError: `batches` is one batch; there are no such layers, or others beside them; or a
+            layer has a virtual_batch_size, which asks for the opposite; or it is called within a
+            `step`.
         InputError: the micro-batches did not all pass the same layers, or activation checkpointing
             is used within, whose second forward passes could not wait for each other, or a `step`
             changes what the layers do. Statistics are not updated then, nor if anything else is
@@ -74,6 +75,13 @@ def forward_together(
         >>> torch.allclose(torch.cat(outputs), model(batch), atol=1e-6)
         True
     """
+    if isinstance(batches, (torch.Tensor, dict)):
+        raise ArgumentError(
+            f"expected several micro-batches, got one {type(batches).__name__}; a list of them, or "
+            "batch.split(size)"
+        )
+    if step is not None and not callable(step):
+        raise ArgumentError(f"expected step to be a function of model and batch, got {step!r}")
     if isinstance(threading.current_thread(), _Walker):
         raise ArgumentError("expected one forward_together at a time, got one within another")
     names = {layer: name for name, layer in own_batch_norms(model)}
