@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
@@ -18,17 +18,26 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     Raises:
         ArgumentError: there are none, or `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     found = [
         (name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)
     ]
     if not found:
-        raise ArgumentError(
-            "expected a model with batch norm layers (batchnorm.BatchNorm, torch.nn.BatchNorm…), "
-            f"got a {type(model).__name__} with none"
-        )
+        raise ArgumentError(_none(model))
     yield from found
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _none(model: nn.Module) -> str:
+    return (
+        "expected a model with batch norm layers (batchnorm.BatchNorm, torch.nn.BatchNorm…), "
+        f"got a {type(model).__name__} with none"
+    )
 
 
 def keepers(layer: _BatchNorm) -> list[Any]:
@@ -52,4 +61,39 @@ def own_batch_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:
                 f"{type(layer).__name__} at {name!r}; put BatchNorm there (its state dict fits)"
             )
         found.append((name, layer))
+    return found
+
+
+#: What a frozen batch norm keeps as buffers.
+_FROZEN = ("weight", "bias", "running_mean", "running_var")
+
+
+def is_fixed(module: nn.Module) -> bool:
+    """Whether it is a batch norm of a class that never trains.
+
+    As torchvision's `FrozenBatchNorm2d`, transformers' `DetrFrozenBatchNorm2d` and their like. They
+    share no class, only what they keep.
+    """
+    return (
+        not isinstance(module, _BatchNorm)
+        and "batchnorm" in type(module).__name__.lower()
+        and all(isinstance(module._buffers.get(name), Tensor) for name in _FROZEN)
+        and not module._parameters
+    )
+
+
+def every_batch_norm(model: nn.Module) -> list[tuple[str, Any]]:
+    """All batch norm layers with their names, those that never train too: see `is_fixed`.
+
+    Raises:
+        ArgumentError: there are none, or `model` is no module.
+    """
+    check_module(model)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) or is_fixed(module)
+    ]
+    if not found:
+        raise ArgumentError(_none(model))
     return found

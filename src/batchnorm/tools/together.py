@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import ArgumentError, BatchNormError, InputError
 from batchnorm.kernels import select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.tools.accumulate import take
+from batchnorm.tools.feeding import Step, call, check_batches
 from batchnorm.tools.layers import own_batch_norms
-
-Step = Callable[[nn.Module, Any], Any]
 
 
 def forward_together(
@@ -75,13 +73,7 @@ def forward_together(
         >>> torch.allclose(torch.cat(outputs), model(batch), atol=1e-6)
         True
     """
-    if isinstance(batches, (torch.Tensor, dict)):
-        raise ArgumentError(
-            f"expected several micro-batches, got one {type(batches).__name__}; a list of them, or "
-            "batch.split(size)"
-        )
-    if step is not None and not callable(step):
-        raise ArgumentError(f"expected step to be a function of model and batch, got {step!r}")
+    check_batches(batches, step)
     if isinstance(threading.current_thread(), _Walker):
         raise ArgumentError("expected one forward_together at a time, got one within another")
     names = {layer: name for name, layer in own_batch_norms(model)}
@@ -91,7 +83,7 @@ def forward_together(
                 "expected layers without virtual_batch_size, which makes batches smaller where "
                 f"this makes them larger; got {layer} at {name!r}"
             )
-    walkers = [_Walker(model, batch, step or _call, offload) for batch in batches]
+    walkers = [_Walker(model, batch, step or call, offload) for batch in batches]
     meeting = _Meeting(walkers, {layer: _switches(layer) for layer in names})
     with ExitStack() as stack:
         for layer in names:
@@ -105,13 +97,6 @@ def forward_together(
     for layer, keeper, moments in () if select.recomputing() else meeting.updates:
         take(layer, keeper, moments, names[layer])
     return results
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return model(**batch)
-    first = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
-    return model(batch[0] if first else batch)
 
 
 def _switches(layer: BatchNorm) -> tuple[Any, ...]:

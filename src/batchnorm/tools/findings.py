@@ -1,0 +1,160 @@
+"""What the tools find: codes that stay, numbers, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SEVERITIES = ("error", "warning", "info")
+
+#: Every code and what it stands for. A code keeps its meaning for ever; docs/findings has a page of
+#: each. BN1xx: statistics. BN2xx: how layers are set up and used. BN3xx: what comes into them.
+CODES: dict[str, str] = {
+    "BN101": "running statistics are not those of the data",
+    "BN102": "too few updates of the running statistics",
+    "BN103": "running statistics are not finite",
+    "BN104": "running variance is zero or negative",
+    "BN105": "running statistics were never updated",
+    "BN106": "running statistics are in half precision",
+    "BN107": "running statistics differ between processes",
+    "BN108": "running statistics count more batches than came",
+    "BN201": "momentum keeps the running statistics from averaging",
+    "BN202": "bias right before batch normalization",
+    "BN203": "dropout right before batch normalization",
+    "BN204": "weight decay on γ or β",
+    "BN205": "some layers are frozen and others are not",
+    "BN206": "one layer is called several times in a forward pass",
+    "BN207": "modes of training are mixed",
+    "BN208": "layer is never reached",
+    "BN301": "too few values behind each batch's statistics",
+    "BN302": "batches are not drawn at random",
+    "BN303": "padding is in the statistics",
+    "BN304": "channels have died",
+    "BN305": "input is not finite",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or looks so.
+
+    Attributes:
+        code: stays the same from release to release, such as "BN101".
+        severity: "error": the output is wrong; "warning": it is likely to be, or training suffers;
+            "info": good to know.
+        layer: the module's name in `model.named_modules()`; "" for the model as a whole.
+        message: what was found, with the numbers that matter.
+        evidence: all numbers behind it, and how uncertain they are.
+        remedy: what to do.
+    """
+
+    code: str
+    severity: str
+    layer: str
+    message: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the code stands for."""
+        return CODES[self.code]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can keep it."""
+        return asdict(self) | {"title": self.title}
+
+    def __str__(self) -> str:
+        where = self.layer or "the model"
+        return f"{self.code} {self.severity}: {where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of one batch norm layer; None where it cannot be known.
+
+    Attributes:
+        name: in `model.named_modules()`.
+        kind: its class.
+        channels: their number.
+        updates: batches that the running statistics have taken in.
+        momentum: weight of the newest batch.
+        calls: forward calls in a pass through the model.
+        values: values per channel in a batch (mean over batches).
+        mean_drift: root mean square over channels of (running mean − mean of the data) / σ of the
+            data.
+        var_drift: root mean square over channels of ln(running variance / variance of the data).
+        gap: how far the output moves if this layer alone normalises by its running statistics, and
+            all others by the batch's; in the unit of `Gap`.
+        repair: how much of the gap goes away if this layer alone normalises by the batch.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    updates: int | None = None
+    momentum: float | None = None
+    calls: float | None = None
+    values: float | None = None
+    mean_drift: float | None = None
+    var_drift: float | None = None
+    gap: float | None = None
+    repair: float | None = None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the outputs of training and of evaluation are apart, over the same batches.
+
+        gap = ‖y_train − y_eval‖ / ‖y_train − mean of y_train‖
+
+    Both without dropout. 0: they agree; 1: they differ as much as examples differ from each other.
+
+    Attributes:
+        value: the gap.
+        error: its standard error, from batch to batch.
+        recalibrated: the gap that would be left with exact running statistics (see `recalibrate`):
+            batches differ by chance.
+        batches: how many were looked at.
+    """
+
+    value: float
+    error: float
+    recalibrated: float | None
+    batches: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` and `inspect_checkpoint` give.
+
+    Attributes:
+        findings: the most severe first.
+        layers: every batch norm layer, in the order of the model.
+        gap: between training and evaluation; None where there was no data.
+        notes: what could not be looked at, and why.
+    """
+
+    findings: tuple[Finding, ...]
+    layers: tuple[LayerReport, ...]
+    gap: Gap | None = None
+    notes: tuple[str, ...] = ()
+
+    def worst(self) -> str | None:
+        """The highest severity among the findings; None if there are none."""
+        return min((f.severity for f in self.findings), key=SEVERITIES.index, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can keep it."""
+        return {
+            "findings": [finding.to_dict() for finding in self.findings],
+            "layers": [asdict(layer) for layer in self.layers],
+            "gap": None if self.gap is None else asdict(self.gap),
+            "notes": list(self.notes),
+        }
+
+
+def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
+    """The most severe first; else as they come."""
+    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
