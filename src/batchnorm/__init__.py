@@ -16,6 +16,9 @@ from batchnorm.moments import Moments as Moments
 from batchnorm.renorm import Renorm as Renorm
 from batchnorm.tools.accumulate import accumulate_statistics as accumulate_statistics
 from batchnorm.tools.bank import bank as bank
+from batchnorm.tools.diagnose import diagnose as diagnose
+from batchnorm.tools.findings import Diagnosis as Diagnosis
+from batchnorm.tools.findings import Finding as Finding
 from batchnorm.tools.freeze import freeze as freeze
 from batchnorm.tools.freeze import unfreeze as unfreeze
 from batchnorm.tools.merge import sync_statistics as sync_statistics

@@ -89,6 +89,13 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) 
             _unfreeze_affine(layer)
 
 
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `freeze` keeps this layer's running statistics as they are."""
+    if isinstance(layer, BatchNorm):
+        return layer._frozen
+    return _evaluate in layer._forward_pre_hooks.values()
+
+
 def _affine(keeper: nn.Module) -> dict[str, nn.Parameter]:
     """γ and β by name, or what torch's pruning and parametrizations make them of."""
     own = keeper.named_parameters(remove_duplicate=False)
@@ -119,8 +126,7 @@ def _unfreeze_affine(layer: _BatchNorm) -> None:
 
 
 def _needs_hooks(layer: _BatchNorm) -> bool:
-    ours = isinstance(layer, BatchNorm)
-    return not ours and _evaluate not in layer._forward_pre_hooks.values()
+    return not isinstance(layer, BatchNorm) and not is_frozen(layer)
 
 
 def _freeze_statistics(layer: _BatchNorm) -> None:

@@ -60,18 +60,27 @@ def sync_statistics(model: nn.Module, process_group: Group = None) -> None:
     sync = Synchronizer(group, "sync_statistics")
     devices = [keeper.running_mean.device for keeper, _ in found]
     device = devices[0] if found else next(model.parameters(), torch.empty(0)).device
-    described = torch.tensor([_description(model)], device=device)
-    if (sync.gather(described) != described).any():
-        raise SyncError(
-            "expected the same batch norm layers, with the same banks, on all processes, got "
-            "models that differ in them"
-        )
+    check_alike(model, sync, device)
     if not found:
         return
     rows = [_row(keeper).to(device) for keeper, _ in found]
     everyones = sync.gather(torch.cat(rows)).split([len(row) for row in rows], 1)
     for (keeper, average), of_one in zip(found, everyones, strict=True):
         _share(keeper, of_one.to(keeper.running_mean.device), average)
+
+
+def check_alike(model: nn.Module, sync: Synchronizer, device: torch.device) -> None:
+    """Refuse models that differ from process to process; all must call.
+
+    Raises:
+        SyncError: they do, or a process did not come.
+    """
+    described = torch.tensor([_description(model)], device=device)
+    if (sync.gather(described) != described).any():
+        raise SyncError(
+            "expected the same batch norm layers, with the same banks, on all processes, got "
+            "models that differ in them"
+        )
 
 
 def _description(model: nn.Module) -> int:

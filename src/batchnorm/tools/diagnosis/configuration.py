@@ -1,0 +1,229 @@
+"""BN2xx: how layers are set up and used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.moments import Moments
+from batchnorm.tools.diagnosis.watch import Origin
+from batchnorm.tools.findings import Finding
+from batchnorm.tools.freeze import is_frozen
+from batchnorm.tools.layers import is_fixed, keepers
+
+#: From here on the running statistics are those of hardly more than the last batch: m / (2 − m) of
+#: the batches' own spread stays in them, a third at one half. A Keras momentum of 0.9 or 0.99,
+#: taken over as it is, lands here.
+HIGH_MOMENTUM = 0.5
+
+#: How far dropout may change the variance that comes in, in ln: by a fifth.
+DROPOUT_SHIFT = 0.2
+
+#: How far calls of one layer within a forward pass may be apart: in σ of all, and in ln of their
+#: variances. As for drift, which it becomes for each of the calls.
+CALLS_MEAN, CALLS_VAR = 0.5, 0.7
+
+
+def check_momentum(name: str, layer: Any) -> list[Finding]:
+    """BN201."""
+    momentum = layer.__dict__.get("momentum")
+    if layer.running_mean is None or momentum is None or not isinstance(layer, _BatchNorm):
+        return []
+    if is_frozen(layer) or 0 < momentum < HIGH_MOMENTUM:
+        return []
+    if momentum == 0:
+        message = "momentum 0: the running statistics never move"
+        remedy = "momentum is the weight of the new batch; 0.1 is usual, freeze(model) freezes"
+    elif momentum == 1:
+        message = "momentum 1: the running statistics are the last batch's"
+        remedy = "momentum is the weight of the new batch: a Keras or Flax m is 1 − m; 0.1 is usual"
+    else:
+        message = (
+            f"momentum {momentum:g}: the running statistics hold about "
+            f"{(2 - momentum) / momentum:.1f} batches"
+        )
+        remedy = "momentum is the weight of the new batch: a Keras or Flax m is 1 − m; 0.1 is usual"
+    return [Finding("BN201", "warning", name, message, {"momentum": momentum}, remedy)]
+
+
+def check_origin(
+    name: str, layer: Any, origin: Origin | None, shift: float | None
+) -> list[Finding]:
+    """BN202 and BN203.
+
+    Args:
+        name: the layer's.
+        layer: the layer.
+        origin: what feeds it directly.
+        shift: mean over channels of ln(variance with dropout / without) of what comes in.
+    """
+    found = []
+    if origin is not None and origin.bias:
+        beta = getattr(layer, "bias", None)
+        found.append(
+            Finding(
+                "BN202",
+                "info",
+                name,
+                f"{origin.function} right before adds a bias, which normalization takes off again"
+                + ("" if beta is not None else " (and this layer has no β)"),
+                {"function": origin.function},
+                "bias=False there saves parameters and changes nothing",
+            )
+        )
+    if origin is not None and origin.dropout and shift is not None and shift > DROPOUT_SHIFT:
+        through = "" if origin.function == "dropout" else f" (through {origin.function})"
+        found.append(
+            Finding(
+                "BN203",
+                "warning",
+                name,
+                f"dropout of {origin.dropout:g} right before{through}: in training the variance "
+                f"that comes in is {math.exp(shift):.3g} times that of evaluation",
+                {"p": origin.dropout, "var_ratio": math.exp(shift)},
+                "put dropout after the last batch normalization, or lower p",
+            )
+        )
+    return found
+
+
+def check_weight_decay(
+    layers: list[tuple[str, Any]], optimizer: torch.optim.Optimizer | None
+) -> list[Finding]:
+    """BN204."""
+    if optimizer is None:
+        return []
+    decay = {
+        id(parameter): float(group.get("weight_decay") or 0)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found = []
+    for name, layer in layers:
+        decayed = {
+            kind: decay[id(parameter)]
+            for keeper in (keepers(layer) if isinstance(layer, _BatchNorm) else [])
+            for kind, parameter in (("γ", keeper.weight), ("β", keeper.bias))
+            if parameter is not None and parameter.requires_grad and decay.get(id(parameter))
+        }
+        if decayed:
+            which = " and ".join(decayed)
+            found.append(
+                Finding(
+                    "BN204",
+                    "warning",
+                    name,
+                    f"weight decay of {max(decayed.values()):g} on {which}",
+                    {"weight_decay": max(decayed.values()), "on": list(decayed)},
+                    "optimizer(param_groups(model, weight_decay)) leaves them out",
+                )
+            )
+    return found
+
+
+def check_modes(model: nn.Module, layers: list[tuple[str, Any]]) -> list[Finding]:
+    """BN205 and BN207: of the model as it was given."""
+    kept = [
+        (name, layer)
+        for name, layer in layers
+        if is_fixed(layer) or (layer.running_mean is not None and _still(model, layer))
+    ]
+    free = [(name, layer) for name, layer in layers if all(name != other for other, _ in kept)]
+    found = []
+    if kept and free:
+        names = [name for name, _ in kept]
+        found.append(
+            Finding(
+                "BN205",
+                "info",
+                "",
+                f"{len(kept)} of {len(layers)} layers are frozen or in evaluation ({_some(names)}),"
+                " the others train",
+                {"frozen": names, "training": [name for name, _ in free]},
+                "nothing, if that is meant; else freeze(model), or unfreeze(model), model.train()",
+            )
+        )
+    awake = [name for name, layer in layers if not model.training and layer.training]
+    awake = [name for name in awake if name not in dict(kept)]
+    if awake:
+        found.append(
+            Finding(
+                "BN207",
+                "error",
+                "",
+                f"the model is in evaluation, but {len(awake)} of {len(layers)} layers are in "
+                f"training ({_some(awake)}): each output depends on the rest of its batch, and "
+                "evaluating changes the model",
+                {"layers": awake},
+                "model.eval() on the whole model, last; look for a train() of your own that skips "
+                "layers",
+            )
+        )
+    return found
+
+
+def _still(model: nn.Module, layer: Any) -> bool:
+    return is_frozen(layer) or (model.training and not layer.training)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [name or "the model" for name in names]
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def check_calls(name: str, calls: list[list[Moments]]) -> list[Finding]:
+    """BN206: several calls in a pass, of data that differ."""
+    several = [batch for batch in calls if len(batch) > 1]
+    if not several:
+        return []
+    number = max(len(batch) for batch in several)
+    parts = [
+        Moments.merge_all([batch[k] for batch in several if len(batch) > k]) for k in range(number)
+    ]
+    whole = Moments.merge_all(parts)
+    var = whole.variance()
+    varies = var > 0
+    if not bool(varies.any()) or not bool(var.isfinite().all()):
+        return []
+    means = torch.stack([part.mean for part in parts])[:, varies]
+    far = float(((means - whole.mean[varies]) ** 2 / var[varies]).mean(1).sqrt().max())
+    variances = torch.stack([part.variance() for part in parts])[:, varies]
+    logs = (variances / var[varies]).clamp(min=1e-12).log()
+    wide = float(logs.square().mean(1).sqrt().max())
+    if far <= CALLS_MEAN and wide <= CALLS_VAR:
+        return []
+    return [
+        Finding(
+            "BN206",
+            "warning",
+            name,
+            f"called {number} times in a forward pass, with data that differ: means up to "
+            f"{far:.2g} σ from the common one, variances by a factor of {math.exp(wide):.2g}; the "
+            "running statistics are a mixture that fits none of them",
+            {"calls": number, "mean_apart": far, "var_apart": wide},
+            "a layer of its own for each place, or a bank of statistics: with bank(model, name)",
+        )
+    ]
+
+
+def check_double_counting(name: str, calls: int, counted: int) -> list[Finding]:
+    """BN108: a rehearsed training step counted more than its forward calls."""
+    if counted <= calls:
+        return []
+    return [
+        Finding(
+            "BN108",
+            "warning",
+            name,
+            f"a training step with {calls} forward call{'s' * (calls != 1)} was counted {counted} "
+            "times: activation checkpointing does passes again",
+            {"calls": calls, "counted": counted},
+            "convert(model): BatchNorm does not count what is computed again; or momentum "
+            f"1 − (1 − m)^(1/{counted / max(calls, 1):g})",
+        )
+    ]

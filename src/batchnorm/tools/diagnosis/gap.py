@@ -1,0 +1,119 @@
+"""How far the outputs of training and evaluation are apart, and which layers are behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from batchnorm.errors import InputError
+from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.tools.diagnosis.modes import normalizing_by
+from batchnorm.tools.feeding import Step
+from batchnorm.tools.findings import Gap
+
+#: Layers of which it is measured what they alone do to the output: two passes each, over so many
+#: batches. Of more layers, those whose statistics are farthest off.
+MOST_LAYERS, BATCHES = 40, 2
+
+
+class Outputs:
+    """Runs the model over batches, with some layers normalising by the batch, and compares."""
+
+    def __init__(self, model: nn.Module, layers: list[Any], batches: list[Any], step: Step) -> None:
+        self._model, self._layers, self._batches, self._step = model, layers, batches, step
+
+    def distances(self, one: set[Any], other: set[Any], most: int | None = None) -> list[Distance]:
+        """Of the outputs with one set of layers in the batch's mode and with another, by batch."""
+        return [
+            distance(self.of(batch, one), self.of(batch, other)) for batch in self._batches[:most]
+        ]
+
+    def of(self, batch: Any, by_batch: set[Any]) -> list[Tensor]:
+        """The floating outputs."""
+        # The same random numbers each time: what differs is to be the layers' doing.
+        with normalizing_by(self._layers, by_batch), torch.random.fork_rng():
+            return leaves(self._step(self._model, batch))
+
+
+Distance = tuple[float, float]
+"""Squared distance of two outputs, and the squared spread of the first over examples."""
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> Distance:
+    """Of outputs of the same batch; several tensors count alike."""
+    if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=False)):
+        raise InputError(
+            "expected outputs of the same shapes in training and evaluation of batch norm layers, "
+            "got others; pass step= with a function that returns what should be compared"
+        )
+    apart = spread = 0.0
+    for a, b in zip(one, other, strict=True):
+        own = a - a.mean(0) if a.dim() and len(a) > 1 else a - a.mean()
+        # A single number per batch, such as a loss, has no examples: it is its own measure.
+        size = float((own if own.any() else a).square().mean())
+        if size > 0 and math.isfinite(size):
+            apart += float((a - b).square().mean()) / size
+            spread += 1.0
+    return apart, spread
+
+
+def ratio(distances: list[Distance]) -> float:
+    """The gap: the root of the share."""
+    spread = sum(own for _, own in distances)
+    return math.sqrt(sum(apart for apart, _ in distances) / spread) if spread else math.nan
+
+
+def gap_of(distances: list[Distance], recalibrated: list[Distance] | None) -> Gap:
+    """With its standard error, by leaving out one batch at a time."""
+    n = len(distances)
+    error = math.nan
+    if n > 1:
+        without = [ratio(distances[:i] + distances[i + 1 :]) for i in range(n)]
+        middle = sum(without) / n
+        error = math.sqrt((n - 1) / n * sum((value - middle) ** 2 for value in without))
+    left = None if recalibrated is None else ratio(recalibrated)
+    return Gap(ratio(distances), error, left, n)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in what a model gives."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
+        output = [getattr(output, f.name) for f in dataclasses.fields(output)]
+    found = [
+        leaf
+        for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+    ]
+    if not found:
+        raise InputError(
+            f"expected the model to give floating tensors, got {type(output).__name__}; pass step= "
+            "with a function that returns what should be compared"
+        )
+    return found
+
+
+def leaves(output: Any) -> list[Tensor]:
+    """The same without gradients, in the precision of statistics."""
+    return [leaf.detach().to(accumulation_dtype(leaf.device)) for leaf in tensors(output)]
+
+
+def loss_of(output: Any) -> Tensor:
+    """Something to call backward on, to which all outputs matter."""
+    total = [leaf.float().square().mean() for leaf in tensors(output) if leaf.requires_grad]
+    if not total:
+        raise InputError("expected outputs that need a gradient, got none")
+    return torch.stack(total).sum()
+
+
+@torch.no_grad()
+def set_statistics(layer: Any, population: Moments) -> None:
+    """Exact running statistics, until who called this gives the buffers back."""
+    if population.count > 1:
+        layer.running_mean.copy_(population.mean)
+        layer.running_var.copy_(population.variance(correction=1))

@@ -1,0 +1,227 @@
+"""BN3xx: what comes into layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.moments import Moments
+from batchnorm.tools.diagnosis.watch import Seen
+from batchnorm.tools.findings import Finding
+
+#: Values that are worth so many independent ones: below, the mean of a batch is off by more than
+#: 1/√8, a third of σ.
+FEW_VALUES = 8
+
+#: How many times the variance of random batches' means the batches' means must have (or more, if
+#: chance gives more to so few batches), and what share of the samples' variance must lie between
+#: batches. Digits in the order of their classes have 7 and 0.09 after a convolution, 80 and 0.55
+#: after a dense layer; in random order 0.5 to 1.3 and less than 0.005.
+BETWEEN_TIMES, BETWEEN_SHARE = 4.0, 0.05
+
+#: Of a normal distribution: 0.1 % lies beyond.
+RARE = 3.09
+
+#: Values that a channel must have had before it is said never to pass: one in a hundred would have.
+MANY_VALUES = 500
+
+#: Of all positions, before padding is worth a word.
+PADDED_SHARE = 0.05
+
+#: Of a layer's channels.
+DEAD_SHARE = 0.1
+
+#: Of the largest variance among a layer's channels: less is rounding, in float32 (2⁻²⁴)².
+CONSTANT = 2.0**-48
+
+
+def check_inputs(name: str, layer: Any, seen: Seen, activated: bool) -> list[Finding]:
+    """All of them."""
+    batches = seen.batches()
+    found = [] if seen.finite else [_not_finite(name)]
+    found += check_padding(name, seen)
+    if batches:
+        found += check_effective(name, layer, seen, batches)
+        found += check_between(name, seen, batches)
+        found += check_dead(name, layer, seen, Moments.merge_all(batches), activated)
+    return found
+
+
+def _not_finite(name: str) -> Finding:
+    return Finding(
+        "BN305",
+        "error",
+        name,
+        "NaN or infinity comes in",
+        {},
+        "look for it before this layer: it is the first to see it if no finding names another",
+    )
+
+
+def effective_values(seen: Seen, batches: list[Moments]) -> float | None:
+    """How many independent values a batch's mean is worth, per channel: the median over channels.
+
+        N · variance / variance of the samples' own means
+
+    Neighbours in an image are alike: 64 pixels of one sample may be worth 3. None where samples
+    are too few to tell.
+    """
+    samples = [part for part in seen.samples if part.count > 1 and bool(part.m2.isfinite().all())]
+    if not samples:
+        return None
+    own = Moments.merge_all(batches).variance()
+    within = torch.stack([part.m2 for part in samples]).sum(0)
+    free = sum(float(part.count) - 1 for part in samples)
+    between = within / free
+    number = sum(float(part.count) for part in samples) / len(samples)
+    varies = (own > 0) & (between > 0)
+    if not bool(varies.any()):
+        return None
+    return number * float((own[varies] / between[varies]).median())
+
+
+def check_effective(name: str, layer: Any, seen: Seen, batches: list[Moments]) -> list[Finding]:
+    """BN301."""
+    values = sum(float(moments.count) for moments in batches) / len(batches)
+    effective = effective_values(seen, batches)
+    effective = values if effective is None else min(effective, values)
+    if isinstance(layer, BatchNorm) and layer.virtual_batch_size is not None and seen.samples:
+        number = sum(float(part.count) for part in seen.samples) / len(seen.samples)
+        effective *= min(1.0, layer.virtual_batch_size / max(number, 1.0))
+    if effective >= FEW_VALUES:
+        return []
+    noise = 1 / math.sqrt(max(effective, 1e-9))
+    return [
+        Finding(
+            "BN301",
+            "warning",
+            name,
+            f"a batch has {values:.3g} values per channel, worth {effective:.2g} independent ones: "
+            f"its mean is off by about {noise:.2g} σ, anew in each batch",
+            {"values": values, "effective": effective, "noise": noise},
+            "larger batches; Renorm, statistics of several processes or micro-batches "
+            "(process_group, forward_together); or freeze(model)",
+        )
+    ]
+
+
+def check_between(name: str, seen: Seen, batches: list[Moments]) -> list[Finding]:
+    """BN302: batches' means differ more than those of random batches would."""
+    samples = [part for part in seen.samples if part.count > 1 and bool(part.m2.isfinite().all())]
+    if len(samples) < 3 or len(samples) != len(batches):
+        return []
+    number = sum(float(part.count) for part in samples) / len(samples)
+    within = torch.stack([part.m2 for part in samples]).sum(0)
+    within = within / sum(float(part.count) - 1 for part in samples)
+    means = torch.stack([part.mean for part in samples])
+    between = means.var(0)
+    varies = within > 0
+    if not bool(varies.any()):
+        return []
+    times = (between / (within / number))[varies].median()
+    # What lies between batches beyond chance, as a part of the variance of samples.
+    extra = (between - within / number).clamp(min=0)[varies]
+    share = float((extra / (extra + within[varies])).median())
+    least = max(BETWEEN_TIMES, _by_chance(len(samples) - 1))
+    if float(times) < least or share < BETWEEN_SHARE:
+        return []
+    return [
+        Finding(
+            "BN302",
+            "warning",
+            name,
+            f"batches are not alike: their means vary {float(times):.3g} times as much as those of "
+            f"random batches would, and {share:.0%} of the samples' variance lies between them",
+            {
+                "times": float(times),
+                "times_by_chance": _by_chance(len(samples) - 1),
+                "between_share": share,
+                "batches": len(samples),
+            },
+            "shuffle; if batches must differ (a domain each), a bank of statistics for each, or "
+            "Renorm",
+        )
+    ]
+
+
+def _by_chance(freedom: int) -> float:
+    """What χ²/freedom rarely exceeds (Wilson & Hilferty 1931)."""
+    spread = 2 / (9 * freedom)
+    return (1 - spread + RARE * math.sqrt(spread)) ** 3
+
+
+def check_padding(name: str, seen: Seen) -> list[Finding]:
+    """BN303."""
+    if not seen.padding:
+        return []
+    share = sum(found.share for found in seen.padding) / len(seen.padding)
+    if share < PADDED_SHARE:
+        return []
+    shift = sum(found.mean_shift for found in seen.padding) / len(seen.padding)
+    ratio = sum(found.var_ratio for found in seen.padding) / len(seen.padding)
+    return [
+        Finding(
+            "BN303",
+            "warning",
+            name,
+            f"{share:.0%} of the positions look like padding, and are in the statistics: it moves "
+            f"the mean by {shift:.2g} σ and multiplies the variance by {ratio:.2g}",
+            {"share": share, "mean_shift": shift, "var_ratio": ratio},
+            "convert(model), and call the layer with mask=, True where it counts; or a "
+            "PackedSequence",
+        )
+    ]
+
+
+def check_dead(
+    name: str, layer: Any, seen: Seen, population: Moments, activated: bool
+) -> list[Finding]:
+    """BN304: constant input, or nothing that ever passes the ReLU."""
+    var = population.variance()
+    constant = var <= CONSTANT * torch.maximum(var.max(), population.mean.square())
+    off = torch.zeros_like(constant)
+    own = isinstance(layer, BatchNorm) and layer.activation == "relu"
+    many = bool(population.count >= MANY_VALUES)
+    if seen.highest is not None and many and (activated or own):
+        off = seen.highest <= 0
+    if own and seen.highest is not None:
+        off &= _scaled(layer)
+    dead = constant | off
+    number = int(dead.sum())
+    if number == 0 or number < DEAD_SHARE * len(dead):
+        return []
+    return [
+        Finding(
+            "BN304",
+            "warning",
+            name,
+            f"{number} of {len(dead)} channels are dead: "
+            + _ways(int(constant.sum()), int((off & ~constant).sum())),
+            {
+                "channels": dead.nonzero().flatten().tolist()[:20],
+                "number": number,
+                "constant": int(constant.sum()),
+                "off": int((off & ~constant).sum()),
+            },
+            "a smaller learning rate, or another start; what is dead can be pruned",
+        )
+    ]
+
+
+def _scaled(layer: Any) -> Tensor | bool:
+    # γ = 0 throughout is how residual branches start (Goyal et al. 2017).
+    weight = layer.weight
+    return True if weight is None or bool(weight.any()) else torch.zeros_like(weight).bool()
+
+
+def _ways(constant: int, off: int) -> str:
+    parts = []
+    if constant:
+        parts.append(f"{constant} get a constant")
+    if off:
+        parts.append(f"{off} never pass the ReLU")
+    return ", ".join(parts)

@@ -1,0 +1,222 @@
+"""BN1xx: running statistics, and what they should be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.tools.findings import Finding
+
+#: Share of the initial values (mean 0, variance 1) that may be left in running statistics. At 0.05
+#: the running mean is short of its value by a twentieth.
+INITIAL_SHARE = 0.05
+
+#: Distance of running statistics from the data's that matters: of the mean in σ, of the variance in
+#: ln. Half of σ moves a third of a Gaussian channel's values over zero; training at a usual
+#: learning rate leaves up to 0.2 and 0.3 (the healthy models of benchmarks/diagnosis.py).
+MEAN_DRIFT, VAR_DRIFT = 0.5, 0.7
+
+#: And that chance does not explain: so many times the expected square.
+BY_CHANCE = 4.0
+
+#: What a layer alone does to the output (see `LayerReport.gap`) that is no more than a warning.
+LITTLE = 0.1
+
+#: Variances below are taken for none: logarithms need a bound.
+SMALLEST_VAR = 1e-12
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far running statistics are from the data's.
+
+    Attributes:
+        mean: root mean square over channels of (running mean − mean) / σ.
+        var: root mean square over channels of ln(running variance / variance).
+        mean_by_chance: what sampling alone would give, of both sides.
+        var_by_chance: likewise.
+        worst: channels with the greatest distance, at most three.
+    """
+
+    mean: float
+    var: float
+    mean_by_chance: float
+    var_by_chance: float
+    worst: tuple[int, ...]
+
+    @property
+    def score(self) -> float:
+        """One number to order layers by."""
+        return max(self.mean / MEAN_DRIFT, self.var / VAR_DRIFT)
+
+    @property
+    def matters(self) -> bool:
+        """Whether it is large, and larger than chance makes it."""
+        far = self.mean > MEAN_DRIFT and self.mean**2 > BY_CHANCE * self.mean_by_chance**2
+        wide = self.var > VAR_DRIFT and self.var**2 > BY_CHANCE * self.var_by_chance**2
+        return far or wide
+
+
+def drift_of(layer: Any, batches: list[Moments]) -> Drift | None:
+    """None where there is nothing to compare: no running statistics, or no finite ones."""
+    if layer.running_mean is None or not batches:
+        return None
+    wide = accumulation_dtype(layer.running_mean.device)
+    mean, var = layer.running_mean.to(wide), layer.running_var.to(wide)
+    population = Moments.merge_all(batches)
+    own = population.variance(correction=1)
+    varies = (own > SMALLEST_VAR) & (var > 0) & mean.isfinite() & var.isfinite()
+    if not bool(varies.any()):
+        return None
+    far = (mean - population.mean) / own.sqrt()
+    wider = (var / own).log()
+    distance = torch.where(varies, far.abs() / MEAN_DRIFT + wider.abs() / VAR_DRIFT, 0.0)
+    by_chance = _by_chance(layer, batches, own, varies)
+    return Drift(
+        _rms(far[varies]),
+        _rms(wider[varies]),
+        *by_chance,
+        tuple(int(c) for c in distance.topk(min(3, len(distance))).indices),
+    )
+
+
+def _by_chance(
+    layer: Any, batches: list[Moments], own: Tensor, varies: Tensor
+) -> tuple[float, float]:
+    """Root mean square distance if all batches, then and now, were of one kind.
+
+    Running averages over n batches, or over (2 − m) / m of them by momentum m, and the mean over
+    those seen here both differ from the truth as batches differ from each other.
+    """
+    count = getattr(layer, "num_batches_tracked", None)
+    updates = max(int(count), 1) if count is not None else 1
+    momentum = layer.__dict__.get("momentum", 0.1)
+    averaged = updates if momentum is None else (2 - momentum) / max(momentum, 1e-6)
+    share = 1 / max(min(averaged, updates), 1) + 1 / len(batches)
+    if len(batches) < 2:  # as if all its values were independent
+        values = max(float(batches[0].count), 1.0)
+        return math.sqrt(share / values), math.sqrt(2 * share / values)
+    means = torch.stack([moments.mean for moments in batches])[:, varies]
+    spread = means.var(0) / own[varies]
+    variances = torch.stack([moments.variance() for moments in batches])[:, varies]
+    log_spread = (variances.clamp(min=SMALLEST_VAR) / own[varies]).log().var(0)
+    return float((spread.mean() * share).sqrt()), float((log_spread.mean() * share).sqrt())
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def initial_share(layer: Any) -> float | None:
+    """How much of the initial values is left in the running statistics; None if unknown."""
+    count, momentum = getattr(layer, "num_batches_tracked", None), layer.__dict__.get("momentum", 0)
+    if count is None or momentum is None:
+        return None
+    return float((1 - momentum) ** int(count))
+
+
+def never_updated(layer: Any) -> bool:
+    """Whether the running statistics are as a new layer's."""
+    count = getattr(layer, "num_batches_tracked", None)
+    untouched = not bool(layer.running_mean.any()) and bool((layer.running_var == 1).all())
+    return untouched and (count is None or int(count) == 0 or layer.__dict__.get("momentum") == 0)
+
+
+def check_buffers(name: str, layer: Any) -> list[Finding]:
+    """What the buffers alone tell: the worst of it."""
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None:
+        return []
+    found = []
+    if mean.dtype in (torch.float16, torch.bfloat16):
+        found.append(
+            Finding(
+                "BN106",
+                "warning",
+                name,
+                f"running statistics are {str(mean.dtype).removeprefix('torch.')}: small steps "
+                "toward the data are rounded away",
+                {"dtype": str(mean.dtype).removeprefix("torch.")},
+                "keep them in float32: convert(model), or layer.float() for the layer alone, and "
+                "recalibrate",
+            )
+        )
+    broken = ~(mean.isfinite() & var.isfinite())
+    if bool(broken.any()):
+        return [*found, _not_finite(name, broken)]
+    below = var <= 0
+    if bool(below.any()):
+        return [*found, _no_variance(name, below, var)]
+    return found
+
+
+def _not_finite(name: str, broken: Tensor) -> Finding:
+    channels = broken.nonzero().flatten().tolist()
+    return Finding(
+        "BN103",
+        "error",
+        name,
+        f"running statistics of {len(channels)} of {len(broken)} channels are NaN or infinite: "
+        "evaluation gives the same there",
+        {"channels": channels[:20], "number": len(channels)},
+        "recalibrate(model, batches); BatchNorm keeps NaN out of them in training",
+    )
+
+
+def _no_variance(name: str, below: Tensor, var: Tensor) -> Finding:
+    channels = below.nonzero().flatten().tolist()
+    negative = int((var < 0).sum())
+    return Finding(
+        "BN104",
+        "error" if negative else "warning",
+        name,
+        f"running variance of {len(channels)} of {len(below)} channels is "
+        + ("negative: evaluation gives NaN" if negative else "0: evaluation multiplies by 1/√eps"),
+        {"channels": channels[:20], "number": len(channels), "negative": negative},
+        "see whether what comes in is constant; recalibrate(model, batches)",
+    )
+
+
+def check_drift(name: str, layer: Any, drift: Drift | None, gap: float | None) -> list[Finding]:
+    """BN105, BN102 or BN101: the first that applies."""
+    if drift is None:
+        return []
+    evidence: dict[str, Any] = {
+        "mean_drift": drift.mean,
+        "mean_drift_by_chance": drift.mean_by_chance,
+        "var_drift": drift.var,
+        "var_drift_by_chance": drift.var_by_chance,
+        "worst_channels": list(drift.worst),
+        "gap": gap,
+    }
+    count = getattr(layer, "num_batches_tracked", None)
+    if count is not None:
+        evidence["updates"] = int(count)
+    repair = "recalibrate(model, batches) computes them exactly"
+    how_far = f"mean off by {drift.mean:.2g} σ, variance by a factor of {math.exp(drift.var):.2g}"
+    if never_updated(layer):
+        message = f"running statistics are as they were made ({how_far})"
+        return [Finding("BN105", "error", name, message, evidence, repair)]
+    left = initial_share(layer)
+    if left is not None and left > INITIAL_SHARE:
+        evidence["initial_share"] = left
+        message = (
+            f"after {evidence['updates']} updates with momentum {layer.momentum:g}, {left:.0%} of "
+            f"the running statistics is still the initial 0 and 1 ({how_far})"
+        )
+        more = f"train longer, raise momentum, or use momentum=None; {repair}"
+        return [Finding("BN102", "warning", name, message, evidence, more)]
+    if not drift.matters:
+        return []
+    message = f"running statistics are not those of these batches: {how_far}"
+    more = (
+        f"{repair}; if the batches are of another kind than the training data, a bank of "
+        "statistics for them, or the training's own preprocessing"
+    )
+    severity = "error" if gap is None or gap > LITTLE else "warning"
+    return [Finding("BN101", severity, name, message, evidence, more)]
