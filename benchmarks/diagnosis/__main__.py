@@ -60,8 +60,8 @@ def page(content: dict[str, Any]) -> str:
         "# What `diagnose` finds",
         "",
         f"Made by `python benchmarks/diagnosis --seeds {seeds} --json {content['file']}`: "
-        f"batchnorm {where['batchnorm']} at {where['commit'][:10]}, torch {where['torch']}, seeds 0 to "
-        f"{seeds - 1}, {where['date'][:10]}. Thresholds were chosen with seed {SEED}.",
+        f"batchnorm {where['batchnorm']} at {where['commit'][:10]}, torch {where['torch']}, seeds "
+        f"0 to {seeds - 1}, {where['date'][:10]}. Thresholds were chosen with seed {SEED}.",
         "",
         "| | with that seed | with the others |",
         "|---|---|---|",
