@@ -12,9 +12,14 @@ from batchnorm.moments import Moments
 #: A position counts as padding from so many samples on that have the very same values there.
 ALIKE = 2
 
-#: Rows of a dense batch that are one and the same: a share of the batch, and how many times as
-#: often as the next most frequent row. Rows of categories repeat, too, but no single one so much.
-ROWS_SHARE, ROWS_LEAD = 0.05, 5
+#: And there must be so many times as many of them as of those that share any other values: content
+#: repeats, too, but not one piece of it so much more than the next.
+LEAD = 5
+
+#: Rows of a dense batch that are one and the same: a share of the batch; how many other kinds of
+#: rows there must be, so that it is no category; and how many of the other rows may have the same
+#: value in a channel, of which at least one must tell. Zeros behind a ReLU are in all rows.
+ROWS_SHARE, ROWS_KINDS, ROWS_SHARING = 0.05, 8, 0.05
 
 
 @dataclass(frozen=True)
@@ -66,39 +71,56 @@ def _before_padding(x: Tensor) -> tuple[Tensor, int]:
 
     Padding is at one end, and the same in all samples that have it, position by position. Content
     hardly ever is, but for a token that all sequences have in common: so sequences must differ in
-    how much of it they have.
+    how much of it they have. Where both ends look like it, it is a border, silence, or nothing
+    happening, and belongs to the content.
     """
-    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    for positions in (range(x.shape[1] - 1, -1, -1), range(x.shape[1])):
-        members = torch.arange(len(x), device=x.device)
-        lengths = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        for position in positions:
-            _, kind, counts = x[members, position].unique(
-                dim=0, return_inverse=True, return_counts=True
-            )
-            if int(counts.max()) < ALIKE:
-                break
-            members = members[kind == counts.argmax()]
-            lengths[members] += 1
-        different = len(lengths.unique())
-        # The same end in all samples is not padding.
-        if different > 2 or (
-            different == 2 and bool((lengths == 0).any()) and int(lengths.max()) > 1
-        ):
-            reach = lengths[:, None]
-            order = torch.arange(x.shape[1], device=x.device)[None]
-            from_end = positions.step < 0
-            real &= order < x.shape[1] - reach if from_end else order >= reach
-            return real, different
-    return real, 0
+    length = x.shape[1]
+    order = torch.arange(length, device=x.device)
+    everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    first, last = _alike(x, range(length)), _alike(x, range(length - 1, -1, -1))
+    if _differ(first) == _differ(last):
+        return everything, 0
+    if _differ(last):
+        return order < length - last[:, None], len(last.unique())
+    return order >= first[:, None], len(first.unique())
+
+
+def _alike(x: Tensor, positions: range) -> Tensor:
+    """(N,): for how many of the positions, from the first on, a sample is as most others are."""
+    members = torch.arange(len(x), device=x.device)
+    lengths = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for position in positions:
+        _, kind, counts = x[members, position].unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        most, next_most = _two_most(counts)
+        if most < max(ALIKE, LEAD * next_most):
+            break
+        members = members[kind == counts.argmax()]
+        lengths[members] += 1
+    return lengths
+
+
+def _differ(lengths: Tensor) -> bool:
+    """Whether samples have padding of different lengths, as what they have in common has not."""
+    different = len(lengths.unique())
+    some_have_none = bool((lengths == 0).any()) and int(lengths.max()) > 1
+    return different > 2 or (different == 2 and some_have_none)
+
+
+def _two_most(counts: Tensor) -> tuple[int, int]:
+    top = [*counts.topk(min(2, len(counts))).values.tolist(), 0]
+    return top[0], top[1]
 
 
 def _unlike_rows(x: Tensor) -> Tensor:
     """(N,): all rows but the one that is there far more often than any other."""
+    everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
     _, kind, counts = x.unique(dim=0, return_inverse=True, return_counts=True)
-    top = counts.topk(min(2, len(counts))).values
-    first, second = int(top[0]), int(top[1]) if len(top) > 1 else 0
-    if first < max(4, ROWS_SHARE * len(x)) or first < ROWS_LEAD * second or not second:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    most, next_most = _two_most(counts)
+    if most < max(4, ROWS_SHARE * len(x), LEAD * next_most) or len(counts) <= ROWS_KINDS:
+        return everything
     real: Tensor = kind != counts.argmax()
-    return real
+    row = x[int((~real).nonzero()[0])]
+    sharing = (x[real] == row).double().mean(0)
+    return real if bool((sharing <= ROWS_SHARING).any()) else everything
