@@ -81,7 +81,7 @@ class LayerReport:
         updates: batches that the running statistics have taken in.
         momentum: weight of the newest batch.
         calls: forward calls in a pass through the model.
-        values: values per channel in a batch (mean over batches).
+        values: values per channel behind the statistics of a call (mean over calls).
         mean_drift: root mean square over channels of (running mean − mean of the data) / σ of the
             data.
         var_drift: root mean square over channels of ln(running variance / variance of the data).

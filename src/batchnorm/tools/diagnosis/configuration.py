@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
-from batchnorm.tools.diagnosis.watch import Origin
+from batchnorm.tools.diagnosis.statistics import BY_CHANCE, SMALLEST_VAR, chance_of
+from batchnorm.tools.diagnosis.trace import Origin
 from batchnorm.tools.findings import Finding
 from batchnorm.tools.freeze import is_frozen
 from batchnorm.tools.layers import is_fixed, keepers
@@ -23,6 +24,9 @@ HIGH_MOMENTUM = 0.5
 
 #: How far dropout may change the variance that comes in, in ln: by a fifth.
 DROPOUT_SHIFT = 0.2
+
+#: How far the output may move without a bias that does nothing: rounding, of bfloat16 too.
+SAME = 0.03
 
 #: How far calls of one layer within a forward pass may be apart: in σ of all, and in ln of their
 #: variances. As for drift, which it becomes for each of the calls.
@@ -52,7 +56,7 @@ def check_momentum(name: str, layer: Any) -> list[Finding]:
 
 
 def check_origin(
-    name: str, layer: Any, origin: Origin | None, shift: float | None
+    name: str, layer: Any, origin: Origin | None, shift: float | None, moved: float | None
 ) -> list[Finding]:
     """BN202 and BN203.
 
@@ -61,9 +65,11 @@ def check_origin(
         layer: the layer.
         origin: what feeds it directly.
         shift: mean over channels of ln(variance with dropout / without) of what comes in.
+        moved: how far the output in training moves without the bias, in the unit of `Gap`; None:
+            not measured.
     """
     found = []
-    if origin is not None and origin.bias:
+    if origin is not None and origin.bias is not None and moved is not None and moved < SAME:
         beta = getattr(layer, "bias", None)
         found.append(
             Finding(
@@ -72,8 +78,9 @@ def check_origin(
                 name,
                 f"{origin.function} right before adds a bias, which normalization takes off again"
                 + ("" if beta is not None else " (and this layer has no β)"),
-                {"function": origin.function},
-                "bias=False there saves parameters and changes nothing",
+                {"function": origin.function, "moved": moved},
+                "bias=False there saves parameters and changes nothing"
+                + ("" if beta is not None else "; affine=True here if an offset is wanted"),
             )
         )
     if origin is not None and origin.dropout and shift is not None and shift > DROPOUT_SHIFT:
@@ -176,36 +183,51 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_calls(name: str, calls: list[list[Moments]]) -> list[Finding]:
-    """BN206: several calls in a pass, of data that differ."""
-    several = [batch for batch in calls if len(batch) > 1]
-    if not several:
+def check_calls(name: str, calls: list[list[Moments]], samples: float) -> list[Finding]:
+    """BN206: several calls in a pass, of data that differ.
+
+    Args:
+        name: the layer's.
+        calls: moments of each call, by batch.
+        samples: how many there are in a call: what one call is worth if there is one batch only.
+    """
+    number = max(map(len, calls), default=0)
+    parts = [[batch[k] for batch in calls if len(batch) > k] for k in range(number)]
+    if number < 2 or any(not bool(m.m2.isfinite().all()) for part in parts for m in part):
         return []
-    number = max(len(batch) for batch in several)
-    parts = [
-        Moments.merge_all([batch[k] for batch in several if len(batch) > k]) for k in range(number)
-    ]
-    whole = Moments.merge_all(parts)
+    merged = [Moments.merge_all(part) for part in parts]
+    whole = Moments.merge_all(merged)
     var = whole.variance()
     varies = var > 0
-    if not bool(varies.any()) or not bool(var.isfinite().all()):
+    if not bool(varies.any()):
         return []
-    means = torch.stack([part.mean for part in parts])[:, varies]
-    far = float(((means - whole.mean[varies]) ** 2 / var[varies]).mean(1).sqrt().max())
-    variances = torch.stack([part.variance() for part in parts])[:, varies]
-    logs = (variances / var[varies]).clamp(min=1e-12).log()
-    wide = float(logs.square().mean(1).sqrt().max())
-    if far <= CALLS_MEAN and wide <= CALLS_VAR:
+    means = torch.stack([part.mean for part in merged])[:, varies]
+    far = ((means - whole.mean[varies]) ** 2 / var[varies]).mean(1)
+    logs = (torch.stack([part.variance() for part in merged])[:, varies] / var[varies]).log()
+    wide = logs.clamp(min=math.log(SMALLEST_VAR)).square().mean(1)
+    by_chance = [chance_of(part, var, varies, samples) for part in parts]
+    far_by_chance, wide_by_chance = torch.tensor(by_chance, dtype=far.dtype).T.to(far)
+    apart = (far > CALLS_MEAN**2) & (far > BY_CHANCE * far_by_chance)
+    apart |= (wide > CALLS_VAR**2) & (wide > BY_CHANCE * wide_by_chance)
+    if not bool(apart.any()):
         return []
+    mean_apart, var_apart = float(far.max().sqrt()), float(wide.max().sqrt())
     return [
         Finding(
             "BN206",
             "warning",
             name,
             f"called {number} times in a forward pass, with data that differ: means up to "
-            f"{far:.2g} σ from the common one, variances by a factor of {math.exp(wide):.2g}; the "
-            "running statistics are a mixture that fits none of them",
-            {"calls": number, "mean_apart": far, "var_apart": wide},
+            f"{mean_apart:.2g} σ from the common one, variances by a factor of "
+            f"{math.exp(var_apart):.2g}; the running statistics are a mixture that fits none of "
+            "them",
+            {
+                "calls": number,
+                "mean_apart": mean_apart,
+                "mean_apart_by_chance": float(far_by_chance.max().sqrt()),
+                "var_apart": var_apart,
+                "var_apart_by_chance": float(wide_by_chance.max().sqrt()),
+            },
             "a layer of its own for each place, or a bank of statistics: with bank(model, name)",
         )
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,28 +18,36 @@ from batchnorm.tools.diagnosis.modes import normalizing_by
 from batchnorm.tools.feeding import Step
 from batchnorm.tools.findings import Gap
 
-#: Layers of which it is measured what they alone do to the output: two passes each, over so many
+#: Layers of which it is measured what they alone do to the output: two passes for each of so many
 #: batches. Of more layers, those whose statistics are farthest off.
 MOST_LAYERS, BATCHES = 40, 2
+
+
+#: Batches of which the outputs in training are kept, to compare with more than once.
+KEPT = 8
 
 
 class Outputs:
     """Runs the model over batches, with some layers normalising by the batch, and compares."""
 
-    def __init__(self, model: nn.Module, layers: list[Any], batches: list[Any], step: Step) -> None:
-        self._model, self._layers, self._batches, self._step = model, layers, batches, step
-
-    def distances(self, one: set[Any], other: set[Any], most: int | None = None) -> list[Distance]:
-        """Of the outputs with one set of layers in the batch's mode and with another, by batch."""
-        return [
-            distance(self.of(batch, one), self.of(batch, other)) for batch in self._batches[:most]
-        ]
+    def __init__(self, model: nn.Module, layers: list[Any], step: Step) -> None:
+        self._model, self._layers, self._step = model, layers, step
+        self._kept: list[tuple[Any, list[Tensor]]] = []
 
     def of(self, batch: Any, by_batch: set[Any]) -> list[Tensor]:
         """The floating outputs."""
         # The same random numbers each time: what differs is to be the layers' doing.
         with normalizing_by(self._layers, by_batch), torch.random.fork_rng():
             return leaves(self._step(self._model, batch))
+
+    def keep(self, batch: Any, trained: list[Tensor]) -> None:
+        """Remember what a batch gives in training, if it is one of the first."""
+        if len(self._kept) < KEPT:
+            self._kept.append((batch, trained))
+
+    def moved(self, by_batch: set[Any], most: int) -> list[Distance]:
+        """How far the outputs move from those kept, if only these layers normalise by the batch."""
+        return [distance(trained, self.of(batch, by_batch)) for batch, trained in self._kept[:most]]
 
 
 Distance = tuple[float, float]
@@ -111,9 +120,20 @@ def loss_of(output: Any) -> Tensor:
     return torch.stack(total).sum()
 
 
-@torch.no_grad()
-def set_statistics(layer: Any, population: Moments) -> None:
-    """Exact running statistics, until who called this gives the buffers back."""
-    if population.count > 1:
-        layer.running_mean.copy_(population.mean)
-        layer.running_var.copy_(population.variance(correction=1))
+@contextmanager
+def exact_statistics(populations: Mapping[Any, Moments | None]) -> Iterator[None]:
+    """Layers evaluate by these; afterwards the buffers are as they were."""
+    before = [
+        (buffer, buffer.clone())
+        for layer in populations
+        for buffer in (layer.running_mean, layer.running_var)
+    ]
+    try:
+        for layer, population in populations.items():
+            if population is not None and population.count > 1:
+                layer.running_mean.copy_(population.mean)
+                layer.running_var.copy_(population.variance(correction=1))
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)

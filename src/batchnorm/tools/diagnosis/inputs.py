@@ -10,7 +10,8 @@ from torch import Tensor
 
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments
-from batchnorm.tools.diagnosis.watch import Seen
+from batchnorm.tools.diagnosis.modes import processes_of
+from batchnorm.tools.diagnosis.watch import Seen, finite
 from batchnorm.tools.findings import Finding
 
 #: Values that are worth so many independent ones: below, the mean of a batch is off by more than
@@ -42,11 +43,11 @@ CONSTANT = 2.0**-48
 def check_inputs(name: str, layer: Any, seen: Seen, activated: bool) -> list[Finding]:
     """All of them."""
     batches = seen.batches()
-    found = [] if seen.finite else [_not_finite(name)]
+    found = [] if all(map(finite, seen.every_call())) else [_not_finite(name)]
     found += check_padding(name, seen)
     if batches:
-        found += check_effective(name, layer, seen, batches)
-        found += check_between(name, seen, batches)
+        found += check_effective(name, layer, seen)
+        found += check_between(name, seen)
         found += check_dead(name, layer, seen, Moments.merge_all(batches), activated)
     return found
 
@@ -62,36 +63,41 @@ def _not_finite(name: str) -> Finding:
     )
 
 
-def effective_values(seen: Seen, batches: list[Moments]) -> float | None:
-    """How many independent values a batch's mean is worth, per channel: the median over channels.
+def effective_values(seen: Seen) -> float:
+    """How many independent values the mean of a call is worth, per channel: the median over them.
 
         N · variance / variance of the samples' own means
 
-    Neighbours in an image are alike: 64 pixels of one sample may be worth 3. None where samples
-    are too few to tell.
+    Neighbours in an image are alike: 64 pixels of one sample may be worth 3. Samples of one value
+    each are taken for independent. Where a batch is one sample, samples of different batches are
+    compared; where there is but one, nothing is known, and all its values are worth one.
     """
-    samples = [part for part in seen.samples if part.count > 1 and bool(part.m2.isfinite().all())]
-    if not samples:
-        return None
-    own = Moments.merge_all(batches).variance()
-    within = torch.stack([part.m2 for part in samples]).sum(0)
-    free = sum(float(part.count) - 1 for part in samples)
-    between = within / free
-    number = sum(float(part.count) for part in samples) / len(samples)
+    samples = seen.finite_samples()
+    number = sum(float(part.count) for part in samples) / max(len(samples), 1)
+    values, population = seen.values() or 0.0, seen.population()
+    if values <= number or population is None:
+        return values
+    if any(part.count > 1 for part in samples):
+        within = torch.stack([part.m2 for part in samples]).sum(0)
+        free = sum(float(part.count) - 1 for part in samples if part.count > 1)
+    else:
+        within = Moments.merge_all(samples).m2
+        free = len(samples) - 1.0
+    own, between = population.variance(), within / max(free, 1.0)
     varies = (own > 0) & (between > 0)
-    if not bool(varies.any()):
-        return None
-    return number * float((own[varies] / between[varies]).median())
+    if free < 1 or not bool(varies.any()):
+        return number
+    return min(values, number * float((own[varies] / between[varies]).median()))
 
 
-def check_effective(name: str, layer: Any, seen: Seen, batches: list[Moments]) -> list[Finding]:
+def check_effective(name: str, layer: Any, seen: Seen) -> list[Finding]:
     """BN301."""
-    values = sum(float(moments.count) for moments in batches) / len(batches)
-    effective = effective_values(seen, batches)
-    effective = values if effective is None else min(effective, values)
+    values, effective = seen.values() or 0.0, effective_values(seen)
     if isinstance(layer, BatchNorm) and layer.virtual_batch_size is not None and seen.samples:
         number = sum(float(part.count) for part in seen.samples) / len(seen.samples)
         effective *= min(1.0, layer.virtual_batch_size / max(number, 1.0))
+    processes = processes_of(layer)
+    effective *= processes
     if effective >= FEW_VALUES:
         return []
     noise = 1 / math.sqrt(max(effective, 1e-9))
@@ -100,21 +106,24 @@ def check_effective(name: str, layer: Any, seen: Seen, batches: list[Moments]) -
             "BN301",
             "warning",
             name,
-            f"a batch has {values:.3g} values per channel, worth {effective:.2g} independent ones: "
+            f"a call has {values:.3g} values per channel, worth {effective:.2g} independent ones: "
             f"its mean is off by about {noise:.2g} σ, anew in each batch",
-            {"values": values, "effective": effective, "noise": noise},
+            {"values": values, "effective": effective, "noise": noise, "processes": processes},
             "larger batches; Renorm, statistics of several processes or micro-batches "
             "(process_group, forward_together); or freeze(model)",
         )
     ]
 
 
-def check_between(name: str, seen: Seen, batches: list[Moments]) -> list[Finding]:
+def check_between(name: str, seen: Seen) -> list[Finding]:
     """BN302: batches' means differ more than those of random batches would."""
-    samples = [part for part in seen.samples if part.count > 1 and bool(part.m2.isfinite().all())]
-    if len(samples) < 3 or len(samples) != len(batches):
+    samples = [part for part in seen.finite_samples() if part.count > 1]
+    # A short last batch has a mean of its own by chance alone.
+    most = max((float(part.count) for part in samples), default=0.0)
+    samples = [part for part in samples if 2 * part.count > most]
+    if len(samples) < 3:
         return []
-    number = sum(float(part.count) for part in samples) / len(samples)
+    chance = sum(1 / float(part.count) for part in samples) / len(samples)
     within = torch.stack([part.m2 for part in samples]).sum(0)
     within = within / sum(float(part.count) - 1 for part in samples)
     means = torch.stack([part.mean for part in samples])
@@ -122,9 +131,9 @@ def check_between(name: str, seen: Seen, batches: list[Moments]) -> list[Finding
     varies = within > 0
     if not bool(varies.any()):
         return []
-    times = (between / (within / number))[varies].median()
+    times = (between / (within * chance))[varies].median()
     # What lies between batches beyond chance, as a part of the variance of samples.
-    extra = (between - within / number).clamp(min=0)[varies]
+    extra = (between - within * chance).clamp(min=0)[varies]
     share = float((extra / (extra + within[varies])).median())
     least = max(BETWEEN_TIMES, _by_chance(len(samples) - 1))
     if float(times) < least or share < BETWEEN_SHARE:

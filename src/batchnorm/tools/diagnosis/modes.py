@@ -6,10 +6,11 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.sync import WORLD, resolve
 from batchnorm.tools.freeze import is_frozen
 
 
@@ -46,3 +47,13 @@ def channel_axis(layer: nn.Module, rank: int) -> int:
     """Of an input of so many axes, that of the channels, counted from the front."""
     axis = layer.channel_dim if isinstance(layer, BatchNorm) else 1
     return axis % rank
+
+
+def processes_of(layer: nn.Module) -> int:
+    """How many processes' batches make the statistics in training."""
+    group = None
+    if isinstance(layer, nn.SyncBatchNorm):
+        group = resolve(layer.process_group or WORLD)
+    elif isinstance(layer, BatchNorm):
+        group = resolve(layer.process_group)
+    return 1 if group is None else distributed.get_world_size(group)

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments, accumulation_dtype
+from batchnorm.tools.diagnosis.modes import switchable
 from batchnorm.tools.findings import Finding
 
 #: Share of the initial values (mean 0, variance 1) that may be left in running statistics. At 0.05
 #: the running mean is short of its value by a twentieth.
 INITIAL_SHARE = 0.05
+
+#: Where the data's mean is no more than this from 0 (in σ), or the variance from 1 (in its own
+#: size), the running statistics do not tell how much of the initial values they hold.
+TELLING = 0.1
 
 #: Distance of running statistics from the data's that matters: of the mean in σ, of the variance in
 #: ln. Half of σ moves a third of a Gaussian channel's values over zero; training at a usual
@@ -24,8 +29,13 @@ MEAN_DRIFT, VAR_DRIFT = 0.5, 0.7
 #: And that chance does not explain: so many times the expected square.
 BY_CHANCE = 4.0
 
-#: What a layer alone does to the output (see `LayerReport.gap`) that is no more than a warning.
-LITTLE = 0.1
+#: What a layer alone does to the output (see `LayerReport.gap`): no more than a warning; and so
+#: much that it matters however little the statistics are off. Averages over many positions keep a
+#: mean's small error and lose the spread: 0.2 σ of pixels may be 2 σ of what a pooled layer gives.
+LITTLE, MUCH = 0.1, 0.5
+
+#: Share of that which exact statistics must take away before it is put down to the running ones.
+CURED = 0.5
 
 #: Variances below are taken for none: logarithms need a bound.
 SMALLEST_VAR = 1e-12
@@ -40,6 +50,8 @@ class Drift:
         var: root mean square over channels of ln(running variance / variance).
         mean_by_chance: what sampling alone would give, of both sides.
         var_by_chance: likewise.
+        initial_share: how much of the initial 0 and 1 seems to be in them: the median of
+            (running − data) / (initial − data); None where the initial is as good as the data.
         worst: channels with the greatest distance, at most three.
     """
 
@@ -47,6 +59,7 @@ class Drift:
     var: float
     mean_by_chance: float
     var_by_chance: float
+    initial_share: float | None
     worst: tuple[int, ...]
 
     @property
@@ -54,16 +67,22 @@ class Drift:
         """One number to order layers by."""
         return max(self.mean / MEAN_DRIFT, self.var / VAR_DRIFT)
 
-    @property
-    def matters(self) -> bool:
-        """Whether it is large, and larger than chance makes it."""
-        far = self.mean > MEAN_DRIFT and self.mean**2 > BY_CHANCE * self.mean_by_chance**2
-        wide = self.var > VAR_DRIFT and self.var**2 > BY_CHANCE * self.var_by_chance**2
+    def exceeds(self, mean: float, var: float) -> bool:
+        """Whether it is larger than these, and than chance makes it."""
+        far = self.mean > mean and self.mean**2 > BY_CHANCE * self.mean_by_chance**2
+        wide = self.var > var and self.var**2 > BY_CHANCE * self.var_by_chance**2
         return far or wide
 
 
-def drift_of(layer: Any, batches: list[Moments]) -> Drift | None:
-    """None where there is nothing to compare: no running statistics, or no finite ones."""
+def drift_of(layer: Any, batches: list[Moments], effective: float) -> Drift | None:
+    """None where there is nothing to compare: no running statistics, or no finite ones.
+
+    Args:
+        layer: with running statistics.
+        batches: moments of each batch.
+        effective: how many independent values a batch is worth: what chance is judged by where
+            there is but one batch.
+    """
     if layer.running_mean is None or not batches:
         return None
     wide = accumulation_dtype(layer.running_mean.device)
@@ -76,44 +95,61 @@ def drift_of(layer: Any, batches: list[Moments]) -> Drift | None:
     far = (mean - population.mean) / own.sqrt()
     wider = (var / own).log()
     distance = torch.where(varies, far.abs() / MEAN_DRIFT + wider.abs() / VAR_DRIFT, 0.0)
-    by_chance = _by_chance(layer, batches, own, varies)
+    # Both sides are averages over batches, which differ from each other: this one over those seen
+    # here, that one over those that the running statistics hold.
+    seen = chance_of(batches, own, varies, effective)
+    more = 1 + len(batches) / _batches_held(layer)
     return Drift(
         _rms(far[varies]),
         _rms(wider[varies]),
-        *by_chance,
+        math.sqrt(seen[0] * more),
+        math.sqrt(seen[1] * more),
+        _initial_share_seen(mean[varies], var[varies], population.mean[varies], own[varies]),
         tuple(int(c) for c in distance.topk(min(3, len(distance))).indices),
     )
 
 
-def _by_chance(
-    layer: Any, batches: list[Moments], own: Tensor, varies: Tensor
+def chance_of(
+    batches: list[Moments], var: Tensor, varies: Tensor, effective: float
 ) -> tuple[float, float]:
-    """Root mean square distance if all batches, then and now, were of one kind.
+    """Expected squares of what chance does to the mean (in σ) and the variance (in ln) of these.
 
-    Running averages over n batches, or over (2 − m) / m of them by momentum m, and the mean over
-    those seen here both differ from the truth as batches differ from each other.
+    Batches are independent draws, so the mean over n of them has 1/n of their own spread.
     """
+    n = len(batches)
+    if n < 2:
+        return 1 / max(effective, 1.0), 2 / max(effective, 1.0)
+    means = torch.stack([moments.mean for moments in batches])[:, varies]
+    variances = torch.stack([moments.variance() for moments in batches])[:, varies]
+    logs = (variances / var[varies]).log().clamp(min=math.log(SMALLEST_VAR))
+    return float((means.var(0) / var[varies]).mean()) / n, float(logs.var(0).mean()) / n
+
+
+def _batches_held(layer: Any) -> float:
+    """How many batches the running statistics are worth: by momentum m, (2 − m) / m of them."""
     count = getattr(layer, "num_batches_tracked", None)
     updates = max(int(count), 1) if count is not None else 1
     momentum = layer.__dict__.get("momentum", 0.1)
-    averaged = updates if momentum is None else (2 - momentum) / max(momentum, 1e-6)
-    share = 1 / max(min(averaged, updates), 1) + 1 / len(batches)
-    if len(batches) < 2:  # as if all its values were independent
-        values = max(float(batches[0].count), 1.0)
-        return math.sqrt(share / values), math.sqrt(2 * share / values)
-    means = torch.stack([moments.mean for moments in batches])[:, varies]
-    spread = means.var(0) / own[varies]
-    variances = torch.stack([moments.variance() for moments in batches])[:, varies]
-    log_spread = (variances.clamp(min=SMALLEST_VAR) / own[varies]).log().var(0)
-    return float((spread.mean() * share).sqrt()), float((log_spread.mean() * share).sqrt())
+    return float(updates if not momentum else min((2 - momentum) / momentum, updates))
 
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
+def _initial_share_seen(mean: Tensor, var: Tensor, own_mean: Tensor, own: Tensor) -> float | None:
+    apart = own_mean.abs() > TELLING * own.sqrt(), (1 - own).abs() > TELLING * own
+    shares = torch.cat(
+        [
+            ((own_mean - mean) / own_mean)[apart[0]],
+            ((var - own) / (1 - own))[apart[1]],
+        ]
+    )
+    return float(shares.median()) if len(shares) else None
+
+
 def initial_share(layer: Any) -> float | None:
-    """How much of the initial values is left in the running statistics; None if unknown."""
+    """How much of the initial values is left in the running statistics, if the counter is right."""
     count, momentum = getattr(layer, "num_batches_tracked", None), layer.__dict__.get("momentum", 0)
     if count is None or momentum is None:
         return None
@@ -133,7 +169,7 @@ def check_buffers(name: str, layer: Any) -> list[Finding]:
     if mean is None:
         return []
     found = []
-    if mean.dtype in (torch.float16, torch.bfloat16):
+    if mean.dtype in (torch.float16, torch.bfloat16) and switchable(layer):
         found.append(
             Finding(
                 "BN106",
@@ -182,8 +218,18 @@ def _no_variance(name: str, below: Tensor, var: Tensor) -> Finding:
     )
 
 
-def check_drift(name: str, layer: Any, drift: Drift | None, gap: float | None) -> list[Finding]:
-    """BN105, BN102 or BN101: the first that applies."""
+def check_drift(
+    name: str, layer: Any, drift: Drift | None, gap: float | None, exact: float | None
+) -> list[Finding]:
+    """BN105, BN102 or BN101: the first that applies.
+
+    Args:
+        name: the layer's.
+        layer: the layer.
+        drift: of its running statistics.
+        gap: what it alone does to the output; None: not measured.
+        exact: what it would do with the statistics of these batches; None: not measured.
+    """
     if drift is None:
         return []
     evidence: dict[str, Any] = {
@@ -194,6 +240,8 @@ def check_drift(name: str, layer: Any, drift: Drift | None, gap: float | None) -
         "worst_channels": list(drift.worst),
         "gap": gap,
     }
+    if exact is not None:
+        evidence["gap_recalibrated"] = exact
     count = getattr(layer, "num_batches_tracked", None)
     if count is not None:
         evidence["updates"] = int(count)
@@ -202,21 +250,27 @@ def check_drift(name: str, layer: Any, drift: Drift | None, gap: float | None) -
     if never_updated(layer):
         message = f"running statistics are as they were made ({how_far})"
         return [Finding("BN105", "error", name, message, evidence, repair)]
-    left = initial_share(layer)
-    if left is not None and left > INITIAL_SHARE:
-        evidence["initial_share"] = left
+    left, share = initial_share(layer), drift.initial_share
+    # A counter may know nothing of where the statistics came from: they must look so, too.
+    if left is not None and left > INITIAL_SHARE and share is not None and share > left / 2:
+        evidence |= {"initial_share": left, "initial_share_seen": share}
         message = (
             f"after {evidence['updates']} updates with momentum {layer.momentum:g}, {left:.0%} of "
             f"the running statistics is still the initial 0 and 1 ({how_far})"
         )
         more = f"train longer, raise momentum, or use momentum=None; {repair}"
         return [Finding("BN102", "warning", name, message, evidence, more)]
-    if not drift.matters:
+    cured = gap is not None and exact is not None and gap > MUCH and exact < (1 - CURED) * gap
+    if not drift.exceeds(MEAN_DRIFT, VAR_DRIFT) and not (cured and drift.exceeds(0, 0)):
         return []
-    message = f"running statistics are not those of these batches: {how_far}"
+    message = f"running statistics are not those of these batches: {how_far}" + (
+        f"; with exact ones this layer alone would move the output by {exact:.2g}, not {gap:.2g}"
+        if cured
+        else ""
+    )
     more = (
         f"{repair}; if the batches are of another kind than the training data, a bank of "
         "statistics for them, or the training's own preprocessing"
     )
-    severity = "error" if gap is None or gap > LITTLE else "warning"
+    severity = "error" if gap is None or not gap <= LITTLE else "warning"
     return [Finding("BN101", severity, name, message, evidence, more)]

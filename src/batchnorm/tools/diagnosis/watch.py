@@ -1,4 +1,4 @@
-"""What comes into batch norm layers, and from where."""
+"""What comes into batch norm layers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
 from batchnorm.kernels import select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments, accumulation_dtype, expand_mask
-from batchnorm.tools.diagnosis.modes import channel_axis
+from batchnorm.tools.diagnosis.modes import channel_axis, processes_of
 from batchnorm.tools.diagnosis.padding import Padding, padding_in
 
 #: Batches in which padding is looked for: it compares every position with every other's.
 PADDED_BATCHES = 2
+
+
+class OneValueError(Exception):
+    """A layer got one value per channel, of which training has no statistics."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
 
 
 @dataclass
@@ -30,38 +38,59 @@ class Seen:
     Attributes:
         calls: of each batch, the moments of each call of the layer.
         samples: of each batch, the moments of the samples' own means (first call).
-        finite: whether all of it was.
         highest: greatest output of each channel.
         padding: what looks like padding in the first batches, if anything does.
     """
 
     calls: list[list[Moments]] = field(default_factory=list)
     samples: list[Moments] = field(default_factory=list)
-    finite: bool = True
     highest: Tensor | None = None
     padding: list[Padding] = field(default_factory=list)
+
+    def every_call(self) -> list[Moments]:
+        """Of all batches."""
+        return [moments for calls in self.calls for moments in calls]
 
     def batches(self) -> list[Moments]:
         """Moments of each batch that reached the layer with finite values."""
         merged = [Moments.merge_all(calls) for calls in self.calls if calls]
-        return [moments for moments in merged if bool(moments.m2.isfinite().all())]
-
-    def means(self) -> list[Tensor]:
-        """Of all calls."""
-        return [moments.mean for calls in self.calls for moments in calls]
+        return [moments for moments in merged if finite(moments)]
 
     def population(self) -> Moments | None:
         """Moments of all batches together."""
         batches = self.batches()
         return Moments.merge_all(batches) if batches else None
 
+    def values(self) -> float | None:
+        """Values per channel behind a call's statistics, on average."""
+        counts = [float(moments.count) for moments in self.every_call()]
+        return sum(counts) / len(counts) if counts else None
+
+    def finite_samples(self) -> list[Moments]:
+        """`samples` that have no NaN or infinity."""
+        return [moments for moments in self.samples if finite(moments)]
+
+
+def finite(moments: Moments) -> bool:
+    """Whether all values were."""
+    return bool(moments.m2.isfinite().all())
+
 
 class Watch:
-    """Hooks on layers that keep what they see, batch by batch, until removed."""
+    """Hooks on layers that keep what they see, batch by batch, until removed.
+
+    Args:
+        layers: that are watched.
+        deep: also look for padding, and at samples one by one.
+
+    Raises:
+        OneValueError: within, from a layer that would have to normalise one value by itself.
+    """
 
     def __init__(self, layers: list[Any], *, deep: bool = True) -> None:
         self.seen: dict[Any, Seen] = {layer: Seen() for layer in layers}
         self._deep = deep
+        self._before_batch: dict[Any, tuple[int, int]] = {}
 
     @contextmanager
     def hooks(self) -> Iterator[Watch]:
@@ -77,8 +106,15 @@ class Watch:
 
     def next_batch(self) -> None:
         """What comes now belongs to another batch."""
-        for seen in self.seen.values():
+        for layer, seen in self.seen.items():
+            self._before_batch[layer] = len(seen.samples), len(seen.padding)
             seen.calls.append([])
+
+    def drop_batch(self) -> None:
+        """Forget what came since `next_batch`, which failed."""
+        for layer, seen in self.seen.items():
+            samples, padding = self._before_batch[layer]
+            del seen.calls[-1], seen.samples[samples:], seen.padding[padding:]
 
     def _before(self, seen: Seen, layer: nn.Module, args: Any, kwargs: Any) -> None:
         x, mask = given(layer, args, kwargs)
@@ -86,7 +122,10 @@ class Watch:
             return  # the layer will say so
         axis = channel_axis(layer, x.dim())
         moments = select.moments(x, mask, axis)
-        seen.finite &= bool(moments.m2.isfinite().all())
+        # One value per channel: frozen layers do not mind, and others' values may join it.
+        alone = isinstance(layer, _BatchNorm) and processes_of(layer) == 1
+        if layer.training and alone and moments.count == 1:
+            raise OneValueError(layer)
         first = not seen.calls[-1]
         seen.calls[-1].append(moments)
         if not self._deep or not first:
@@ -135,109 +174,3 @@ def _flat(x: Tensor, axis: int) -> Tensor:
     """(N, C, rest); where channels come first, all is one sample."""
     x = x.movedim(axis, 1) if axis else x[None]
     return x.reshape(*x.shape[:2], -1)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What made a tensor: a function of torch's.
-
-    Attributes:
-        function: its name, such as "conv2d".
-        bias: whether it added a bias.
-        dropout: probability of a dropout that its input comes from; 0: none.
-    """
-
-    function: str
-    bias: bool = False
-    dropout: float = 0.0
-
-
-_AFFINE = {"linear"} | {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
-_RELU = {"relu", "relu_", "relu6"}
-
-
-class Trace(TorchFunctionMode):
-    """Learns, over one pass, what feeds each layer directly, and whose output a ReLU takes.
-
-    Modules and functions alike. What views a tensor (transposed, flattened) has its memory, which
-    is how it is known; so all that matters is kept until the pass has ended.
-
-    Attributes:
-        before: what made each layer's input, where that is known.
-        activated: layers whose output goes to a ReLU, and nothing but.
-        dropouts: how many dropouts that drop anything there were.
-    """
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__()
-        self.before: dict[Any, Origin] = {}
-        self.activated: set[Any] = set()
-        self.dropouts = 0
-        self._layers = layers
-        self._made: dict[int, tuple[Tensor, int, Origin]] = {}
-        self._dropped: dict[int, float] = {}
-        self._outputs: dict[int, Any] = {}
-        self._kept: list[Tensor] = []
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self._note(getattr(function, "__name__", ""), args, kwargs or {}, out)
-        return out
-
-    def _note(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
-        x = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
-        if not isinstance(x, Tensor):
-            return
-        if name in _AFFINE:
-            bias = (args[2] if len(args) > 2 else kwargs.get("bias")) is not None
-            origin = Origin(name, bias, self._dropped.get(_memory(x), 0.0))
-            self._made[_memory(out)] = out, out._version, origin
-        elif "dropout" in name:
-            probability = float(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
-            if probability > 0:
-                self.dropouts += 1
-                self._dropped[_memory(out)] = probability
-                self._kept.append(out)
-        elif name in _RELU and (layer := self._outputs.get(_memory(x))) is not None:
-            self.activated.add(layer)
-
-    @contextmanager
-    def hooks(self) -> Iterator[Trace]:
-        """While it lasts, functions and layers are watched."""
-        with ExitStack() as stack:
-            for layer in self._layers:
-                for handle in (
-                    layer.register_forward_pre_hook(self._before, with_kwargs=True),
-                    layer.register_forward_hook(self._after),
-                ):
-                    stack.callback(handle.remove)
-            stack.enter_context(self)
-            yield self
-        self._made.clear()
-        self._outputs.clear()
-        self._kept.clear()
-
-    def _before(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        x, _ = given(layer, args, kwargs)
-        if x is None:
-            return
-        _, version, origin = self._made.get(_memory(x), (None, None, None))
-        if origin is not None and version == x._version:
-            self.before[layer] = origin
-        elif (probability := self._dropped.get(_memory(x))) is not None:
-            self.before[layer] = Origin("dropout", dropout=probability)
-        if origin is not None and (probability := self._dropped.get(_memory(x))) is not None:
-            # In evaluation a dropout gives back what it got.
-            self.before[layer] = Origin("dropout", dropout=probability)
-
-    def _after(self, layer: nn.Module, _: Any, y: Any) -> None:
-        if isinstance(y, Tensor):
-            self._outputs[_memory(y)] = layer
-            self._kept.append(y)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,263 @@
+"""The passes over the data, and what they show."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import InputError
+from batchnorm.tools.diagnosis import configuration, gap, inputs, statistics
+from batchnorm.tools.diagnosis.modes import normalizing_by, processes_of, switchable
+from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
+from batchnorm.tools.diagnosis.watch import OneValueError, Seen, Watch
+from batchnorm.tools.feeding import Step
+from batchnorm.tools.findings import Finding, Gap, LayerReport
+
+
+class Examination:
+    """What `diagnose` does with a model that it will put back as it was.
+
+    Attributes:
+        gap: between training and evaluation.
+        notes: what could not be looked at, and why.
+    """
+
+    gap: Gap
+
+    def __init__(
+        self, model: nn.Module, named: list[tuple[str, Any]], batches: list[Any], step: Step
+    ) -> None:
+        self.model, self.named, self.batches, self.step = model, named, batches, step
+        self.layers = [layer for _, layer in named]
+        self.switched = {layer for layer in self.layers if switchable(layer)}
+        self.outputs = gap.Outputs(model, self.layers, step)
+        self.watch = Watch(self.layers)
+        self.trace = Trace(self.layers)
+        self.notes: list[str] = []
+        self.alone: dict[Any, float] = {}
+        self.exact: dict[Any, float] = {}
+        self.repair: dict[Any, float] = {}
+        self.without_bias: dict[Any, float] = {}
+        self.dropout_shift: dict[Any, float] = {}
+        self.counted: dict[Any, tuple[int, int]] = {}
+
+    def run(self) -> None:
+        """All passes. The model is in evaluation, but for layers that are switched."""
+        self.model.eval()
+        distances = self._compare()
+        self.drifts = {layer: self._drift(layer) for layer in self.layers}
+        populations = {layer: self.seen(layer).population() for layer in self.switched}
+        with gap.exact_statistics(populations):
+            recalibrated = self.outputs.moved(set(), gap.KEPT)
+        self.gap = gap.gap_of(distances, recalibrated)
+        self._attribute(gap.ratio(distances[: gap.BATCHES]))
+        self._leave_out_biases()
+        if self.trace.dropouts:
+            self._try("what dropout does to the statistics was not", self._drop_out)
+        if self.switched and any(p.requires_grad for p in self.model.parameters()):
+            self._try("double counting by activation checkpointing was not", self._rehearse)
+
+    def seen(self, layer: Any) -> Seen:
+        """What came into a layer."""
+        return self.watch.seen[layer]
+
+    def reached(self, layer: Any) -> bool:
+        """Whether a batch ever came."""
+        return any(self.seen(layer).calls)
+
+    def _drift(self, layer: Any) -> statistics.Drift | None:
+        seen = self.seen(layer)
+        return statistics.drift_of(layer, seen.batches(), inputs.effective_values(seen))
+
+    def _compare(self) -> list[gap.Distance]:
+        """Each batch in training and in evaluation; batches of one value are dropped."""
+        distances: list[gap.Distance] = []
+        kept: list[Any] = []
+        for batch in self.batches:
+            self.watch.next_batch()
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(self.watch.hooks())
+                    if not kept:
+                        stack.enter_context(self.trace.hooks())
+                    trained = self.outputs.of(batch, self.switched)
+            except OneValueError as error:
+                name = self._name(error.layer)
+                self.watch.drop_batch()
+                continue
+            self.outputs.keep(batch, trained)
+            distances.append(gap.distance(trained, self.outputs.of(batch, set())))
+            kept.append(batch)
+        if not kept:
+            raise InputError(
+                f"expected batches as the model is trained with, got {len(self.batches)} with one "
+                f"value per channel for layer {name!r}, of which training has no statistics: pass "
+                "larger ones"
+            )
+        if dropped := len(self.batches) - len(kept):
+            self.notes.append(
+                f"{dropped} of {len(self.batches)} batches were left out: layer {name!r} gets one "
+                "value per channel, of which training has no statistics"
+            )
+        self.batches = kept
+        return distances
+
+    def _name(self, layer: Any) -> str:
+        return next(name for name, other in self.named if other is layer)
+
+    def _attribute(self, whole: float) -> None:
+        """Each layer alone by its running statistics, and alone by the batch's."""
+        drifting = [
+            layer for layer in self.layers if layer in self.switched and self.reached(layer)
+        ]
+        # Processes that share statistics must switch the same layers, whatever each has seen.
+        together = any(processes_of(layer) > 1 for layer in drifting)
+        if not together:
+            drifting.sort(key=lambda layer: -(d.score if (d := self.drifts[layer]) else 0))
+        if len(drifting) > gap.MOST_LAYERS:
+            which = "the first" if together else "those whose statistics are farthest off"
+            self.notes.append(
+                f"what a layer alone does to the output was measured for {gap.MOST_LAYERS} of "
+                f"{len(drifting)} layers, {which}"
+            )
+        for layer in drifting[: gap.MOST_LAYERS]:
+            self.alone[layer] = self._moved(self.switched - {layer})
+            if whole > 0:
+                self.repair[layer] = 1 - self._moved({layer}) / whole
+            if self.alone[layer] > statistics.MUCH and not together:
+                with gap.exact_statistics({layer: self.seen(layer).population()}):
+                    self.exact[layer] = self._moved(self.switched - {layer})
+
+    def _moved(self, by_batch: set[Any]) -> float:
+        return gap.ratio(self.outputs.moved(by_batch, gap.BATCHES))
+
+    def _leave_out_biases(self) -> None:
+        """How far the output in training moves without the biases that feed layers."""
+        biases = {
+            layer: origin.bias
+            for layer, origin in self.trace.before.items()
+            if layer in self.switched and origin.bias is not None
+        }
+        if not biases:
+            return
+        together = self._without(list(biases.values()))
+        alone = together >= configuration.SAME  # which of them is it?
+        for layer, bias in biases.items():
+            self.without_bias[layer] = self._without([bias]) if alone else together
+
+    def _without(self, biases: list[Tensor]) -> float:
+        with WithoutBias(biases):
+            return gap.ratio(self.outputs.moved(self.switched, 1))
+
+    def _try(self, what: str, how: Any) -> None:
+        """A pass in training as a whole, which not every model can do as it is called here."""
+        self.model.train()
+        try:
+            how()
+        except Exception as error:
+            reason = "".join(str(error).splitlines()[:1])
+            self.notes.append(
+                f"{what} looked for: a training step failed with {type(error).__name__}: {reason}"
+            )
+        finally:
+            self.model.eval()
+
+    def _drop_out(self) -> None:
+        """What dropout does to the variance that comes in."""
+        watch = Watch(self.layers, deep=False)
+        with watch.hooks(), normalizing_by(self.layers, self.switched):
+            for batch in self.batches:
+                watch.next_batch()
+                self.step(self.model, batch)
+        for layer in self.layers:
+            one, other = watch.seen[layer].population(), self.seen(layer).population()
+            if one is None or other is None:
+                continue
+            own, without = one.variance(), other.variance()
+            varies = (own > 0) & (without > 0)
+            if bool(varies.any()):
+                self.dropout_shift[layer] = float((own / without)[varies].log().mean())
+
+    def _rehearse(self) -> None:
+        """One training step: how often the layers count, and how often they are called."""
+        counters = {
+            layer: int(layer.num_batches_tracked)
+            for layer in self.switched
+            if getattr(layer, "num_batches_tracked", None) is not None
+        }
+        watch = Watch(list(counters), deep=False)
+        watch.next_batch()
+        with torch.enable_grad():
+            with watch.hooks():
+                output = self.step(self.model, self.batches[0])
+            calls = {layer: len(watch.seen[layer].calls[0]) for layer in counters}
+            gap.loss_of(output).backward()
+        for layer, before in counters.items():
+            self.counted[layer] = calls[layer], int(layer.num_batches_tracked) - before
+
+    def findings(self) -> list[Finding]:
+        """Of all layers, in their order."""
+        found: list[Finding] = []
+        for name, layer in self.named:
+            of_buffers = statistics.check_buffers(name, layer)
+            found += of_buffers
+            if not self.reached(layer):
+                found.append(_unreached(name))
+                continue
+            found += configuration.check_momentum(name, layer)
+            broken = any(finding.code in ("BN103", "BN104") for finding in of_buffers)
+            if not broken:
+                drift, alone = self.drifts[layer], self.alone.get(layer)
+                found += statistics.check_drift(name, layer, drift, alone, self.exact.get(layer))
+            origin, shift = self.trace.before.get(layer), self.dropout_shift.get(layer)
+            moved = self.without_bias.get(layer)
+            found += configuration.check_origin(name, layer, origin, shift, moved)
+            found += self._check_calls(name, self.seen(layer))
+            if layer in self.counted:
+                found += configuration.check_double_counting(name, *self.counted[layer])
+            activated = layer in self.trace.activated
+            found += inputs.check_inputs(name, layer, self.seen(layer), activated)
+        return found
+
+    def _check_calls(self, name: str, seen: Seen) -> list[Finding]:
+        samples = float(seen.samples[0].count) if seen.samples else 1.0
+        return configuration.check_calls(name, seen.calls, samples)
+
+    def reports(self) -> tuple[LayerReport, ...]:
+        """One for each layer."""
+        return tuple(self._report(name, layer) for name, layer in self.named)
+
+    def _report(self, name: str, layer: Any) -> LayerReport:
+        seen, drift = self.seen(layer), self.drifts[layer]
+        count = getattr(layer, "num_batches_tracked", None)
+        return LayerReport(
+            name=name,
+            kind=type(layer).__name__,
+            channels=_channels(layer),
+            updates=None if count is None else int(count),
+            momentum=layer.__dict__.get("momentum"),
+            calls=sum(map(len, seen.calls)) / len(seen.calls),
+            values=seen.values(),
+            mean_drift=drift.mean if drift else None,
+            var_drift=drift.var if drift else None,
+            gap=self.alone.get(layer),
+            repair=self.repair.get(layer),
+        )
+
+
+def _unreached(name: str) -> Finding:
+    return Finding(
+        "BN208",
+        "info",
+        name,
+        "no batch reached this layer",
+        {},
+        "if the model uses it in training only, look at it there; else it can go",
+    )
+
+
+def _channels(layer: Any) -> int:
+    return int(getattr(layer, "num_features", None) or len(layer.running_mean))
