@@ -55,48 +55,54 @@ def check_momentum(name: str, layer: Any) -> list[Finding]:
     return [Finding("BN201", "warning", name, message, {"momentum": momentum}, remedy)]
 
 
-def check_origin(
-    name: str, layer: Any, origin: Origin | None, shift: float | None, moved: float | None
-) -> list[Finding]:
-    """BN202 and BN203.
+def check_bias(name: str, layer: Any, origin: Origin | None, moved: float | None) -> list[Finding]:
+    """BN202.
 
     Args:
         name: the layer's.
         layer: the layer.
         origin: what feeds it directly.
-        shift: mean over channels of ln(variance with dropout / without) of what comes in.
         moved: how far the output in training moves without the bias, in the unit of `Gap`; None:
             not measured.
     """
-    found = []
-    if origin is not None and origin.bias is not None and moved is not None and moved < SAME:
-        beta = getattr(layer, "bias", None)
-        found.append(
-            Finding(
-                "BN202",
-                "info",
-                name,
-                f"{origin.function} right before adds a bias, which normalization takes off again"
-                + ("" if beta is not None else " (and this layer has no β)"),
-                {"function": origin.function, "moved": moved},
-                "bias=False there saves parameters and changes nothing"
-                + ("" if beta is not None else "; affine=True here if an offset is wanted"),
-            )
+    if origin is None or origin.bias is None or moved is None or not moved < SAME:
+        return []
+    no_beta = getattr(layer, "bias", None) is None
+    return [
+        Finding(
+            "BN202",
+            "info",
+            name,
+            f"{origin.function} right before adds a bias, which normalization takes off again"
+            + (" (and this layer has no β)" if no_beta else ""),
+            {"function": origin.function, "moved": moved},
+            "bias=False there saves parameters and changes nothing",
         )
-    if origin is not None and origin.dropout and shift is not None and shift > DROPOUT_SHIFT:
-        through = "" if origin.function == "dropout" else f" (through {origin.function})"
-        found.append(
-            Finding(
-                "BN203",
-                "warning",
-                name,
-                f"dropout of {origin.dropout:g} right before{through}: in training the variance "
-                f"that comes in is {math.exp(shift):.3g} times that of evaluation",
-                {"p": origin.dropout, "var_ratio": math.exp(shift)},
-                "put dropout after the last batch normalization, or lower p",
-            )
+    ]
+
+
+def check_dropout(name: str, origin: Origin | None, shift: float | None) -> list[Finding]:
+    """BN203.
+
+    Args:
+        name: the layer's.
+        origin: what feeds it directly in training.
+        shift: mean over channels of ln(variance with dropout / without) of what comes in.
+    """
+    if origin is None or not origin.dropout or shift is None or not shift > DROPOUT_SHIFT:
+        return []
+    through = "" if origin.function == "dropout" else f" (through {origin.function})"
+    return [
+        Finding(
+            "BN203",
+            "warning",
+            name,
+            f"dropout of {origin.dropout:g} right before{through}: in training the variance that "
+            f"comes in is {math.exp(shift):.3g} times that of evaluation",
+            {"p": origin.dropout, "var_ratio": math.exp(shift)},
+            "put dropout after the last batch normalization, or lower p",
         )
-    return found
+    ]
 
 
 def check_weight_decay(

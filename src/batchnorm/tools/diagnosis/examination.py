@@ -25,8 +25,6 @@ class Examination:
         notes: what could not be looked at, and why.
     """
 
-    gap: Gap
-
     def __init__(
         self, model: nn.Module, named: list[tuple[str, Any]], batches: list[Any], step: Step
     ) -> None:
@@ -35,7 +33,7 @@ class Examination:
         self.switched = {layer for layer in self.layers if switchable(layer)}
         self.outputs = gap.Outputs(model, self.layers, step)
         self.watch = Watch(self.layers)
-        self.trace = Trace(self.layers)
+        self.trace, self.trace_of_training = Trace(self.layers), Trace(self.layers)
         self.notes: list[str] = []
         self.alone: dict[Any, float] = {}
         self.exact: dict[Any, float] = {}
@@ -52,13 +50,12 @@ class Examination:
         populations = {layer: self.seen(layer).population() for layer in self.switched}
         with gap.exact_statistics(populations):
             recalibrated = self.outputs.moved(set(), gap.KEPT)
-        self.gap = gap.gap_of(distances, recalibrated)
+        self.gap: Gap = gap.gap_of(distances, recalibrated)
         self._attribute(gap.ratio(distances[: gap.BATCHES]))
         self._leave_out_biases()
-        if self.trace.dropouts:
+        self._try("double counting by activation checkpointing was not", self._rehearse)
+        if self.trace_of_training.dropouts:
             self._try("what dropout does to the statistics was not", self._drop_out)
-        if self.switched and any(p.requires_grad for p in self.model.parameters()):
-            self._try("double counting by activation checkpointing was not", self._rehearse)
 
     def seen(self, layer: Any) -> Seen:
         """What came into a layer."""
@@ -191,9 +188,11 @@ class Examination:
         watch = Watch(list(counters), deep=False)
         watch.next_batch()
         with torch.enable_grad():
-            with watch.hooks():
+            with watch.hooks(), self.trace_of_training.hooks():
                 output = self.step(self.model, self.batches[0])
             calls = {layer: len(watch.seen[layer].calls[0]) for layer in counters}
+            if not counters or not any(p.requires_grad for p in self.model.parameters()):
+                return
             gap.loss_of(output).backward()
         for layer, before in counters.items():
             self.counted[layer] = calls[layer], int(layer.num_batches_tracked) - before
@@ -212,9 +211,10 @@ class Examination:
             if not broken:
                 drift, alone = self.drifts[layer], self.alone.get(layer)
                 found += statistics.check_drift(name, layer, drift, alone, self.exact.get(layer))
-            origin, shift = self.trace.before.get(layer), self.dropout_shift.get(layer)
-            moved = self.without_bias.get(layer)
-            found += configuration.check_origin(name, layer, origin, shift, moved)
+            origin, moved = self.trace.before.get(layer), self.without_bias.get(layer)
+            found += configuration.check_bias(name, layer, origin, moved)
+            origin, shift = self.trace_of_training.before.get(layer), self.dropout_shift.get(layer)
+            found += configuration.check_dropout(name, origin, shift)
             found += self._check_calls(name, self.seen(layer))
             if layer in self.counted:
                 found += configuration.check_double_counting(name, *self.counted[layer])

@@ -23,6 +23,10 @@ from batchnorm.tools.findings import Gap
 MOST_LAYERS, BATCHES = 40, 2
 
 
+#: Examples whose outputs differ by less than this part of their size do not differ: rounding in
+#: float32, 6e-8, grows on the way through normalization.
+SPREAD = 1e-5
+
 #: Batches of which the outputs in training are kept, to compare with more than once.
 KEPT = 8
 
@@ -64,9 +68,11 @@ def distance(one: list[Tensor], other: list[Tensor]) -> Distance:
     apart = spread = 0.0
     for a, b in zip(one, other, strict=True):
         own = a - a.mean(0) if a.dim() and len(a) > 1 else a - a.mean()
-        # A single number per batch, such as a loss, has no examples: it is its own measure.
-        size = float((own if own.any() else a).square().mean())
-        if size > 0 and math.isfinite(size):
+        size, whole = float(own.square().mean()), float(a.square().mean())
+        if size <= SPREAD**2 * whole:
+            # A single number per batch, such as a loss, has no examples: it is its own measure.
+            size = whole
+        if 0 < size < math.inf:
             apart += float((a - b).square().mean()) / size
             spread += 1.0
     return apart, spread
