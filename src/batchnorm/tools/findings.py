@@ -82,9 +82,9 @@ class LayerReport:
         momentum: weight of the newest batch.
         calls: forward calls in a pass through the model.
         values: values per channel behind the statistics of a call (mean over calls).
-        mean_drift: root mean square over channels of (running mean − mean of the data) / σ of the
-            data.
-        var_drift: root mean square over channels of ln(running variance / variance of the data).
+        mean_drift: root mean square over channels of (running mean − mean of the data) / σ, where
+            σ² is the variance of the data + eps.
+        var_drift: root mean square over channels of ln((running variance + eps) / σ²).
         gap: how far the output moves if this layer alone normalises by its running statistics, and
             all others by the batch's; in the unit of `Gap`.
         repair: how much of the gap goes away if this layer alone normalises by the batch.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
-from batchnorm.tools.diagnosis.statistics import BY_CHANCE, SMALLEST_VAR, chance_of
+from batchnorm.tools.diagnosis.statistics import BY_CHANCE, chance_of, eps_of
 from batchnorm.tools.diagnosis.trace import Origin
 from batchnorm.tools.findings import Finding
 from batchnorm.tools.freeze import is_frozen
@@ -189,11 +189,12 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_calls(name: str, calls: list[list[Moments]], samples: float) -> list[Finding]:
+def check_calls(name: str, layer: Any, calls: list[list[Moments]], samples: float) -> list[Finding]:
     """BN206: several calls in a pass, of data that differ.
 
     Args:
         name: the layer's.
+        layer: the layer.
         calls: moments of each call, by batch.
         samples: how many there are in a call: what one call is worth if there is one batch only.
     """
@@ -201,17 +202,13 @@ def check_calls(name: str, calls: list[list[Moments]], samples: float) -> list[F
     parts = [[batch[k] for batch in calls if len(batch) > k] for k in range(number)]
     if number < 2 or any(not bool(m.m2.isfinite().all()) for part in parts for m in part):
         return []
-    merged = [Moments.merge_all(part) for part in parts]
+    merged, eps = [Moments.merge_all(part) for part in parts], eps_of(layer)
     whole = Moments.merge_all(merged)
-    var = whole.variance()
-    varies = var > 0
-    if not bool(varies.any()):
-        return []
-    means = torch.stack([part.mean for part in merged])[:, varies]
-    far = ((means - whole.mean[varies]) ** 2 / var[varies]).mean(1)
-    logs = (torch.stack([part.variance() for part in merged])[:, varies] / var[varies]).log()
-    wide = logs.clamp(min=math.log(SMALLEST_VAR)).square().mean(1)
-    by_chance = [chance_of(part, var, varies, samples) for part in parts]
+    sigma2 = whole.variance() + eps
+    far = ((torch.stack([part.mean for part in merged]) - whole.mean) ** 2 / sigma2).mean(1)
+    logs = ((torch.stack([part.variance() for part in merged]) + eps) / sigma2).log()
+    wide = logs.square().mean(1)
+    by_chance = [chance_of(part, samples, eps) for part in parts]
     far_by_chance, wide_by_chance = torch.tensor(by_chance, dtype=far.dtype).T.to(far)
     apart = (far > CALLS_MEAN**2) & (far > BY_CHANCE * far_by_chance)
     apart |= (wide > CALLS_VAR**2) & (wide > BY_CHANCE * wide_by_chance)

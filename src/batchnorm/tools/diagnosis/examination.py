@@ -215,16 +215,17 @@ class Examination:
             found += configuration.check_bias(name, layer, origin, moved)
             origin, shift = self.trace_of_training.before.get(layer), self.dropout_shift.get(layer)
             found += configuration.check_dropout(name, origin, shift)
-            found += self._check_calls(name, self.seen(layer))
+            found += self._check_calls(name, layer)
             if layer in self.counted:
                 found += configuration.check_double_counting(name, *self.counted[layer])
             activated = layer in self.trace.activated
             found += inputs.check_inputs(name, layer, self.seen(layer), activated)
         return found
 
-    def _check_calls(self, name: str, seen: Seen) -> list[Finding]:
+    def _check_calls(self, name: str, layer: Any) -> list[Finding]:
+        seen = self.seen(layer)
         samples = float(seen.samples[0].count) if seen.samples else 1.0
-        return configuration.check_calls(name, seen.calls, samples)
+        return configuration.check_calls(name, layer, seen.calls, samples)
 
     def reports(self) -> tuple[LayerReport, ...]:
         """One for each layer."""

@@ -37,17 +37,20 @@ LITTLE, MUCH = 0.1, 0.5
 #: Share of that which exact statistics must take away before it is put down to the running ones.
 CURED = 0.5
 
-#: Variances below are taken for none: logarithms need a bound.
-SMALLEST_VAR = 1e-12
+#: Of layers that do not say what they add to the variance: what all of them add by default.
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Drift:
     """How far running statistics are from the data's.
 
+    σ² is the data's variance + eps, what normalization divides by: so channels with next to no
+    variance, of which the logarithm may be anything, count as little as they do in the output.
+
     Attributes:
         mean: root mean square over channels of (running mean − mean) / σ.
-        var: root mean square over channels of ln(running variance / variance).
+        var: root mean square over channels of ln((running variance + eps) / σ²).
         mean_by_chance: what sampling alone would give, of both sides.
         var_by_chance: likewise.
         initial_share: how much of the initial 0 and 1 seems to be in them: the median of
@@ -85,33 +88,31 @@ def drift_of(layer: Any, batches: list[Moments], effective: float) -> Drift | No
     """
     if layer.running_mean is None or not batches:
         return None
-    wide = accumulation_dtype(layer.running_mean.device)
+    wide, eps = accumulation_dtype(layer.running_mean.device), eps_of(layer)
     mean, var = layer.running_mean.to(wide), layer.running_var.to(wide)
     population = Moments.merge_all(batches)
     own = population.variance(correction=1)
-    varies = (own > SMALLEST_VAR) & (var > 0) & mean.isfinite() & var.isfinite()
-    if not bool(varies.any()):
+    fine = own.isfinite() & (var + eps > 0) & mean.isfinite() & var.isfinite()
+    if not bool(fine.any()):
         return None
-    far = (mean - population.mean) / own.sqrt()
-    wider = (var / own).log()
-    distance = torch.where(varies, far.abs() / MEAN_DRIFT + wider.abs() / VAR_DRIFT, 0.0)
+    far = (mean - population.mean) / (own + eps).sqrt()
+    wider = ((var + eps) / (own + eps)).log()
+    distance = torch.where(fine, far.abs() / MEAN_DRIFT + wider.abs() / VAR_DRIFT, 0.0)
     # Both sides are averages over batches, which differ from each other: this one over those seen
     # here, that one over those that the running statistics hold.
-    seen = chance_of(batches, own, varies, effective)
+    seen = chance_of(batches, effective, eps)
     more = 1 + len(batches) / _batches_held(layer)
     return Drift(
-        _rms(far[varies]),
-        _rms(wider[varies]),
+        _rms(far[fine]),
+        _rms(wider[fine]),
         math.sqrt(seen[0] * more),
         math.sqrt(seen[1] * more),
-        _initial_share_seen(mean[varies], var[varies], population.mean[varies], own[varies]),
+        _initial_share_seen(mean[fine], var[fine], population.mean[fine], own[fine]),
         tuple(int(c) for c in distance.topk(min(3, len(distance))).indices),
     )
 
 
-def chance_of(
-    batches: list[Moments], var: Tensor, varies: Tensor, effective: float
-) -> tuple[float, float]:
+def chance_of(batches: list[Moments], effective: float, eps: float) -> tuple[float, float]:
     """Expected squares of what chance does to the mean (in σ) and the variance (in ln) of these.
 
     Batches are independent draws, so the mean over n of them has 1/n of their own spread.
@@ -119,10 +120,15 @@ def chance_of(
     n = len(batches)
     if n < 2:
         return 1 / max(effective, 1.0), 2 / max(effective, 1.0)
-    means = torch.stack([moments.mean for moments in batches])[:, varies]
-    variances = torch.stack([moments.variance() for moments in batches])[:, varies]
-    logs = (variances / var[varies]).log().clamp(min=math.log(SMALLEST_VAR))
-    return float((means.var(0) / var[varies]).mean()) / n, float(logs.var(0).mean()) / n
+    sigma2 = Moments.merge_all(batches).variance() + eps
+    means = torch.stack([moments.mean for moments in batches])
+    logs = torch.stack([moments.variance() + eps for moments in batches]).log()
+    return float((means.var(0) / sigma2).mean()) / n, float(logs.var(0).mean()) / n
+
+
+def eps_of(layer: Any) -> float:
+    """What the layer adds to the variance."""
+    return float(getattr(layer, "eps", EPS))
 
 
 def _batches_held(layer: Any) -> float:
