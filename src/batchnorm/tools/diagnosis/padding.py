@@ -16,6 +16,10 @@ ALIKE = 2
 #: repeats, too, but not one piece of it so much more than the next.
 LEAD = 5
 
+#: How much of the rest of a sequence may be like its padding: where most of it is, nothing happens
+#: there. Some may be padding that was not told from what ends sequences.
+LIKE_REST = 0.2
+
 #: Rows of a dense batch that are one and the same: a share of the batch; how many other kinds of
 #: rows there must be, so that it is no category; and how many of the other rows may have the same
 #: value in a channel, of which at least one must tell. Zeros behind a ReLU are in all rows.
@@ -76,13 +80,15 @@ def _before_padding(x: Tensor) -> tuple[Tensor, int]:
     """
     length = x.shape[1]
     order = torch.arange(length, device=x.device)
-    everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     first, last = _alike(x, range(length)), _alike(x, range(length - 1, -1, -1))
-    if _differ(first) == _differ(last):
-        return everything, 0
-    if _differ(last):
-        return order < length - last[:, None], len(last.unique())
-    return order >= first[:, None], len(first.unique())
+    lengths, end = (last, -1) if _differ(last) else (first, 0)
+    real = order < length - last[:, None] if end else order >= first[:, None]
+    padding = x[int(lengths.argmax()), end]
+    if _differ(first) == _differ(last) or not bool(real.any()):
+        return torch.ones_like(real), 0
+    if float((x[real] == padding).all(1).double().mean()) > LIKE_REST:
+        return torch.ones_like(real), 0
+    return real, len(lengths.unique())
 
 
 def _alike(x: Tensor, positions: range) -> Tensor:
@@ -116,9 +122,11 @@ def _two_most(counts: Tensor) -> tuple[int, int]:
 def _unlike_rows(x: Tensor) -> Tensor:
     """(N,): all rows but the one that is there far more often than any other."""
     everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if x.shape[1] == 1:  # numbers of one kind, of which any may be frequent
+        return everything
     _, kind, counts = x.unique(dim=0, return_inverse=True, return_counts=True)
     most, next_most = _two_most(counts)
-    if most < max(4, ROWS_SHARE * len(x), LEAD * next_most) or len(counts) <= ROWS_KINDS:
+    if most < max(ROWS_SHARE * len(x), LEAD * next_most) or len(counts) <= ROWS_KINDS:
         return everything
     real: Tensor = kind != counts.argmax()
     row = x[int((~real).nonzero()[0])]

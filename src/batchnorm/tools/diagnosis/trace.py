@@ -62,7 +62,9 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        matters = name in _AFFINE or name in _RELU or "dropout" in name
+        # nn.ReLU6 is a hardtanh from 0 on.
+        relu = name in _RELU or (name == "hardtanh" and kwargs.get("min_val") == 0)
+        matters = name in _AFFINE or relu or "dropout" in name
         x = args[0] if args else kwargs.get("input")
         # Before the function runs, which may work in place.
         memory = _memory(x) if matters and isinstance(x, Tensor) else None
