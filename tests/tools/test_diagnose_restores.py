@@ -60,13 +60,25 @@ def snapshot(model):
             for name, buffer in module._buffers.items()
         ]
         parameters = [
-            (name, id(p), id(p.grad), p.requires_grad, p.tolist(), p.grad is not None and p.grad.tolist())
+            (
+                name,
+                id(p),
+                id(p.grad),
+                p.requires_grad,
+                p.tolist(),
+                p.grad is not None and p.grad.tolist(),
+            )
             for name, p in module._parameters.items()
             if p is not None
         ]
         modules.append((id(module), plain, hooks, buffers, parameters))
     numpys = np.random.get_state()
-    states = (torch.random.get_rng_state().tolist(), random.getstate(), numpys[1].tolist(), numpys[2])
+    states = (
+        torch.random.get_rng_state().tolist(),
+        random.getstate(),
+        numpys[1].tolist(),
+        numpys[2],
+    )
     return modules, states, torch.is_grad_enabled()
 
 

@@ -100,7 +100,9 @@ def test_what_counts_as_an_output():
     assert not (a.requires_grad or b.requires_grad)
     assert torch.equal(a, x.detach().double())
     loss = loss_of({"a": x, "b": [x.detach()], "c": 2 * x})
-    assert float(loss.detach()) == pytest.approx(5 * float(x.detach().float().square().mean()), rel=1e-3)
+    assert float(loss.detach()) == pytest.approx(
+        5 * float(x.detach().float().square().mean()), rel=1e-3
+    )
     with pytest.raises(InputError, match="outputs that need a gradient, got none"):
         loss_of(x.detach())
 
@@ -109,9 +111,7 @@ def test_exact_statistics_are_given_back_whatever_happens():
     layers = [nn.BatchNorm1d(2) for _ in range(3)]
     x = torch.randn(5, 2, dtype=torch.float64)
     populations = dict(zip(layers, (Moments.of(x), None, Moments.of(x[:1])), strict=True))
-    before = [
-        (buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()
-    ]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     layers[0].running_mean += 0  # the object, too, must stay
     with pytest.raises(OSError, match="within"), exact_statistics(populations):
         mean, var = layers[0].running_mean.numpy(), layers[0].running_var.numpy()

@@ -90,12 +90,16 @@ def test_padding_among_words_that_repeat():
     vocabulary = torch.randn(51, 8)
     words = torch.randint(1, 51, (300,))
     words[torch.rand(300) < 0.4] = 0
-    assert padding_in(vocabulary[words], 1).share == pytest.approx(float((words == 0).double().mean()))
+    assert padding_in(vocabulary[words], 1).share == pytest.approx(
+        float((words == 0).double().mean())
+    )
 
 
 # --- what only looks like it ---------------------------------------------------------------------
 
-SHAPES = st.sampled_from([(8, 3), (64, 1), (64, 8), (2, 2), (1, 4), (12, 3, 5), (4, 1, 30), (1, 2, 3)])
+SHAPES = st.sampled_from(
+    [(8, 3), (64, 1), (64, 8), (2, 2), (1, 4), (12, 3, 5), (4, 1, 30), (1, 2, 3)]
+)
 
 
 @given(st.integers(0, 10_000), SHAPES)

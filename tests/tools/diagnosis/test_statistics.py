@@ -107,8 +107,16 @@ def test_chance_is_not_exceeded_by_one_small_batch():
     drift = drift_of(layer, moments([x]), 4.0)
     assert drift.mean > 0.3  # far, but no wonder
     assert check_drift("norm", layer, drift, None, None) == []
-    # One value says nothing at all, and is not taken for a divisor.
-    assert chance_of(moments([x]), 0.0, 0.0) == (1, 2)
+    # One value says next to nothing, and none is not taken for a divisor.
+    assert chance_of(moments([x]), 0.0, 0.0) == chance_of(moments([x]), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [2, 5, 50])
+def test_chance_of_one_batch_against_simulation(values):
+    x = np.random.default_rng(3).normal(7, 3, (values, 200_000))
+    mean, log_var = chance_of(moments([x[:, :1]]), float(values), 0.0)
+    assert mean == pytest.approx((((x.mean(0) - 7) / 3) ** 2).mean(), rel=0.02)
+    assert log_var == pytest.approx((np.log(x.var(0, ddof=1) / 9) ** 2).mean(), rel=0.02)
 
 
 # --- each code -----------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
 
 
 def traced(model, *inputs, layer=None):
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     trace = Trace(layers)
     with trace.hooks():
         model(*inputs)
@@ -44,7 +46,9 @@ WAYS = {
     "viewed": lambda self, x: self.f(x[:, None]).transpose(1, 2).flatten(1),
     "identity": lambda self, x: nn.Identity()(self.f(x)),
     "dropout that drops nothing": lambda self, x: functional.dropout(self.f(x), 0.0),
-    "input by name": lambda self, x: functional.linear(input=x, weight=self.f.weight, bias=self.f.bias),
+    "input by name": lambda self, x: functional.linear(
+        input=x, weight=self.f.weight, bias=self.f.bias
+    ),
 }
 
 

@@ -46,7 +46,9 @@ def test_moments_of_calls_and_of_samples(layer, shape, axis):
         assert float(found.count) == count
         assert np.allclose(found.mean, mean.astype(float), rtol=1e-12)
         assert np.allclose(found.variance(), var.astype(float), rtol=1e-12)
-    everything = np.concatenate([np.moveaxis(z.numpy(), axis, 0).reshape(3, -1) for z in (x, y, y)], 1)
+    everything = np.concatenate(
+        [np.moveaxis(z.numpy(), axis, 0).reshape(3, -1) for z in (x, y, y)], 1
+    )
     assert np.allclose(seen.population().mean, everything.mean(1), rtol=1e-12, atol=1e-15)
     assert np.allclose(seen.population().variance(), everything.var(1), rtol=1e-12)
     assert float(seen.batches()[0].count) == 2 * float(seen.batches()[1].count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError
+from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.tools.diagnosis import configuration, gap, inputs, statistics
 from batchnorm.tools.diagnosis.modes import normalizing_by, processes_of, switchable
 from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
@@ -46,6 +48,11 @@ class Examination:
         """All passes. The model is in evaluation, but for layers that are switched."""
         self.model.eval()
         distances = self._compare()
+        if any(seen.banked for seen in self.watch.seen.values()):
+            self.notes.append(
+                "calls with a bank of statistics were not looked at, except in what they do to the "
+                "output"
+            )
         self.drifts = {layer: self._drift(layer) for layer in self.layers}
         populations = {layer: self.seen(layer).population() for layer in self.switched}
         with gap.exact_statistics(populations):
@@ -151,9 +158,15 @@ class Examination:
 
     def _try(self, what: str, how: Any) -> None:
         """A pass in training as a whole, which not every model can do as it is called here."""
+        told = [
+            (layer, layer._told_nonfinite) for layer in self.layers if isinstance(layer, BatchNorm)
+        ]
         self.model.train()
         try:
-            how()
+            with warnings.catch_warnings():
+                # What the model warns of in training, it will warn of in training.
+                warnings.simplefilter("ignore")
+                how()
         except Exception as error:
             reason = "".join(str(error).splitlines()[:1])
             self.notes.append(
@@ -161,6 +174,8 @@ class Examination:
             )
         finally:
             self.model.eval()
+            for layer, before in told:
+                layer._told_nonfinite = before
 
     def _drop_out(self) -> None:
         """What dropout does to the variance that comes in."""
@@ -204,7 +219,7 @@ class Examination:
             of_buffers = statistics.check_buffers(name, layer)
             found += of_buffers
             if not self.reached(layer):
-                found.append(_unreached(name))
+                found += [] if self.seen(layer).banked else [_unreached(name)]
                 continue
             found += configuration.check_momentum(name, layer)
             broken = any(finding.code in ("BN103", "BN104") for finding in of_buffers)

@@ -115,11 +115,15 @@ def drift_of(layer: Any, batches: list[Moments], effective: float) -> Drift | No
 def chance_of(batches: list[Moments], effective: float, eps: float) -> tuple[float, float]:
     """Expected squares of what chance does to the mean (in σ) and the variance (in ln) of these.
 
-    Batches are independent draws, so the mean over n of them has 1/n of their own spread.
+    Batches are independent draws, so the mean over n of them has 1/n of their own spread. One batch
+    is taken for so many independent values of a normal distribution: the logarithm of χ²ₖ/k has the
+    variance ψ′(k/2) and the mean ψ(k/2) − ln(k/2).
     """
     n = len(batches)
     if n < 2:
-        return 1 / max(effective, 1.0), 2 / max(effective, 1.0)
+        half = torch.tensor(max(effective - 1, 1.0) / 2, dtype=torch.float64)
+        bias = torch.digamma(half) - half.log()
+        return 1 / max(effective, 1.0), float(torch.polygamma(1, half) + bias.square())
     sigma2 = Moments.merge_all(batches).variance() + eps
     means = torch.stack([moments.mean for moments in batches])
     logs = torch.stack([moments.variance() + eps for moments in batches]).log()

@@ -40,12 +40,14 @@ class Seen:
         samples: of each batch, the moments of the samples' own means (first call).
         highest: greatest output of each channel.
         padding: what looks like padding in the first batches, if anything does.
+        banked: whether there were calls with a bank of statistics, which are not among these.
     """
 
     calls: list[list[Moments]] = field(default_factory=list)
     samples: list[Moments] = field(default_factory=list)
     highest: Tensor | None = None
     padding: list[Padding] = field(default_factory=list)
+    banked: bool = False
 
     def every_call(self) -> list[Moments]:
         """Of all batches."""
@@ -120,6 +122,9 @@ class Watch:
         x, mask = given(layer, args, kwargs)
         if x is None or x.dim() < 2 or not x.is_floating_point():
             return  # the layer will say so
+        if isinstance(layer, BatchNorm) and layer._bank is not None:
+            seen.banked = True
+            return
         axis = channel_axis(layer, x.dim())
         moments = select.moments(x, mask, axis)
         # One value per channel: frozen layers do not mind, and others' values may join it.
