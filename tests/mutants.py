@@ -43,6 +43,7 @@ SYNC = [
 TOGETHER = [
     "tools/test_together.py", "tools/test_together_faults.py", "tools/test_together_around.py",
 ]  # fmt: skip
+DIAGNOSE = ["tools/test_diagnose.py", "tools/test_diagnose_restores.py"]
 
 #: For each file, the tests that concern it, the quickest to notice first.
 TESTS = {
@@ -86,6 +87,26 @@ TESTS = {
     "layers/statistics.py": ["tools/test_bank.py", "layers/test_persistence.py"],
     "tools/accumulate.py": ["tools/test_accumulate.py"],
     "tools/bank.py": ["tools/test_bank.py"],
+    "tools/diagnose.py": DIAGNOSE,
+    "tools/diagnosis/configuration.py": ["tools/diagnosis/test_configuration.py", *DIAGNOSE],
+    "tools/diagnosis/examination.py": [
+        *DIAGNOSE, "tools/diagnosis/test_gap.py", "tools/diagnosis/test_configuration.py",
+        "tools/diagnosis/test_inputs.py", "tools/diagnosis/test_trace.py",
+        "tools/diagnosis/test_processes.py",
+    ],
+    "tools/diagnosis/gap.py": ["tools/diagnosis/test_gap.py", *DIAGNOSE],
+    "tools/diagnosis/inputs.py": [
+        "tools/diagnosis/test_inputs.py", "tools/diagnosis/test_watch.py", *DIAGNOSE,
+        "tools/diagnosis/test_processes.py",
+    ],
+    "tools/diagnosis/modes.py": [
+        "tools/diagnosis/test_modes.py", *DIAGNOSE, "tools/diagnosis/test_processes.py",
+    ],
+    "tools/diagnosis/padding.py": ["tools/diagnosis/test_padding.py"],
+    "tools/diagnosis/processes.py": ["tools/diagnosis/test_processes.py"],
+    "tools/diagnosis/statistics.py": ["tools/diagnosis/test_statistics.py", *DIAGNOSE],
+    "tools/diagnosis/trace.py": ["tools/diagnosis/test_trace.py", *DIAGNOSE],
+    "tools/diagnosis/watch.py": ["tools/diagnosis/test_watch.py", *DIAGNOSE],
     "tools/freeze.py": ["tools/test_freeze.py"],
     "tools/layers.py": ["tools/test_layers.py"],
     "tools/merge.py": ["tools/test_merge.py"],

@@ -79,7 +79,7 @@ def test_outputs_that_cannot_be_compared_are_refused():
     batches = data(6)
     with pytest.raises(InputError, match="model to give floating tensors, got Tensor; pass step="):
         diagnose(Labels(*net()), batches)
-    with pytest.raises(InputError, match="outputs of the same shapes.*pass step="):
+    with pytest.raises(InputError, match=r"outputs of the same shapes.*pass step="):
         diagnose(Cut(*net()), batches)
 
 

@@ -1,4 +1,4 @@
-"""diagnose leaves a model as it found it, to the bit, whatever happens within; and what it costs."""
+"""diagnose leaves a model as it found it, to the bit, whatever happens; and what it costs."""
 
 import gc
 import random
@@ -53,7 +53,7 @@ def snapshot(model):
         hooks = [
             (key, list(value))
             for key, value in module.__dict__.items()
-            if key.endswith("_hooks") or key.endswith("_always_called")
+            if key.endswith(("_hooks", "_always_called"))
         ]
         buffers = [
             (name, id(buffer), None if buffer is None else buffer.tolist())

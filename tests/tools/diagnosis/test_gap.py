@@ -58,7 +58,7 @@ def test_evaluation_that_is_not_finite_is_a_gap_that_is_not():
 def test_shapes_must_agree():
     x = torch.randn(4, 2)
     for one, other in (([x], [x, x]), ([x], [x[:3]])):
-        with pytest.raises(InputError, match="same shapes.*pass step="):
+        with pytest.raises(InputError, match=r"same shapes.*pass step="):
             distance(one, other)
 
 
@@ -97,7 +97,8 @@ def test_what_counts_as_an_output():
     assert [t.dtype for t in tensors(given)] == [torch.float16] * 2
     (a, b) = leaves(given)
     assert a.dtype == torch.float64
-    assert not (a.requires_grad or b.requires_grad)
+    assert not a.requires_grad
+    assert not b.requires_grad
     assert torch.equal(a, x.detach().double())
     loss = loss_of({"a": x, "b": [x.detach()], "c": 2 * x})
     assert float(loss.detach()) == pytest.approx(
@@ -113,7 +114,7 @@ def test_exact_statistics_are_given_back_whatever_happens():
     populations = dict(zip(layers, (Moments.of(x), None, Moments.of(x[:1])), strict=True))
     before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     layers[0].running_mean += 0  # the object, too, must stay
-    with pytest.raises(OSError, match="within"), exact_statistics(populations):
+    with pytest.raises(OSError, match="within"), exact_statistics(populations):  # noqa: PT012
         mean, var = layers[0].running_mean.numpy(), layers[0].running_var.numpy()
         assert np.allclose(mean, x.numpy().mean(0), rtol=1e-6)
         assert np.allclose(var, x.numpy().var(0, ddof=1), rtol=1e-6)

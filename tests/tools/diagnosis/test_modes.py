@@ -37,7 +37,7 @@ def test_normalizing_by(norm, training, momentum):
     by_running = (x - 1) / (1 + 1e-5) ** 0.5
     layers = [*model, frozen, without]
     before = {k: v.clone() for k, v in nn.ModuleList(layers).state_dict().items()}
-    with pytest.raises(OSError, match="within"), normalizing_by(layers, {model[0], frozen}):
+    with pytest.raises(OSError, match="within"), normalizing_by(layers, {model[0], frozen}):  # noqa: PT012
         assert torch.allclose(model[0](x), by_batch, atol=1e-5)
         assert torch.allclose(model[1](x), by_running, atol=1e-5)
         assert torch.allclose(frozen(x), by_running, atol=1e-5)

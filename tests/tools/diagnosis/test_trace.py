@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from batchnorm import BatchNorm, diagnose
+from batchnorm import BatchNorm, diagnose, freeze
 from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
 
 
@@ -17,7 +17,7 @@ def traced(model, *inputs, layer=None):
     with trace.hooks():
         model(*inputs)
     assert all(not x._forward_hooks and not x._forward_pre_hooks for x in layers)
-    assert not (trace._made or trace._dropped or trace._outputs or trace._kept)
+    assert all(not x for x in (trace._made, trace._dropped, trace._outputs, trace._kept))
     return trace, trace.before.get(layers[0])
 
 
@@ -151,7 +151,9 @@ def test_a_failing_pass_leaves_nothing():
     trace = Trace([model.norm])
     with pytest.raises(RuntimeError), trace.hooks():
         model(torch.randn(5, 7))
-    assert not (model.norm._forward_hooks or model.norm._forward_pre_hooks or trace._kept)
+    assert all(
+        not x for x in (model.norm._forward_hooks, model.norm._forward_pre_hooks, trace._kept)
+    )
 
 
 @pytest.mark.parametrize("way", ["module", "function", "by name"])
@@ -209,7 +211,5 @@ def test_a_bias_before_a_frozen_layer_is_of_use():
     batches = [torch.randn(64, 6) for _ in range(3)]
     assert "BN202" in [f.code for f in diagnose(model, batches).findings]
     model.norm.running_mean += 0.1
-    from batchnorm import freeze
-
     freeze(model)
     assert "BN202" not in [f.code for f in diagnose(model, batches).findings]
