@@ -26,9 +26,11 @@ PUBLIC = {
     "bank",
     "batch_norm",
     "batch_norm_pure",
+    "convert",
     "forward_together",
     "freeze",
     "pause_statistics",
+    "revert",
     "sync_statistics",
     "unfreeze",
 }

@@ -16,6 +16,7 @@ from batchnorm.moments import Moments as Moments
 from batchnorm.renorm import Renorm as Renorm
 from batchnorm.tools.accumulate import accumulate_statistics as accumulate_statistics
 from batchnorm.tools.bank import bank as bank
+from batchnorm.tools.convert import convert as convert
 from batchnorm.tools.diagnose import diagnose as diagnose
 from batchnorm.tools.findings import Diagnosis as Diagnosis
 from batchnorm.tools.findings import Finding as Finding
@@ -23,4 +24,5 @@ from batchnorm.tools.freeze import freeze as freeze
 from batchnorm.tools.freeze import unfreeze as unfreeze
 from batchnorm.tools.merge import sync_statistics as sync_statistics
 from batchnorm.tools.pause import pause_statistics as pause_statistics
+from batchnorm.tools.revert import revert as revert
 from batchnorm.tools.together import forward_together as forward_together

@@ -15,7 +15,7 @@ from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.tools.layers import batch_norms, keepers
 
 #: Under this name a layer keeps what `unfreeze` is to give back.
-_KEPT = "_before_freezing"
+KEPT = "_before_freezing"
 
 _AFFINE = re.compile(r"(weight|bias)(_orig)?|parametrizations\.(weight|bias)\..*")
 
@@ -58,10 +58,12 @@ def freeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) ->
                 f"expected running statistics to freeze in {where}, got none "
                 "(track_running_stats=False); with statistics=False only γ and β are frozen"
             )
-    hooked = statistics and any(_needs_hooks(layer) for _, layer in layers)
+    hooked = statistics and any(
+        not isinstance(layer, BatchNorm) and not is_frozen(layer) for _, layer in layers
+    )
     for _, layer in layers:
         if statistics:
-            _freeze_statistics(layer)
+            freeze_statistics(layer)
         if affine:
             _remember(layer)
     if hooked and "torch._dynamo" in sys.modules:
@@ -84,7 +86,7 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) 
     """
     for _, layer in batch_norms(model):
         if statistics:
-            _unfreeze_statistics(layer)
+            unfreeze_statistics(layer)
         if affine:
             _unfreeze_affine(layer)
 
@@ -104,7 +106,7 @@ def _affine(keeper: nn.Module) -> dict[str, nn.Parameter]:
 
 def _remember(layer: _BatchNorm) -> None:
     for keeper in keepers(layer):
-        kept = keeper.__dict__.setdefault(_KEPT, {})
+        kept = keeper.__dict__.setdefault(KEPT, {})
         for name, parameter in _affine(keeper).items():
             kept.setdefault(name, parameter.requires_grad)
 
@@ -117,28 +119,26 @@ def _freeze_affine(layer: _BatchNorm) -> None:
 
 
 def _unfreeze_affine(layer: _BatchNorm) -> None:
-    kept = layer.__dict__.get(_KEPT, {})
+    kept = layer.__dict__.get(KEPT, {})
     for keeper in keepers(layer):
         # A bank that was made of a frozen layer has copies of frozen parameters.
-        before = keeper.__dict__.pop(_KEPT, kept)
+        before = keeper.__dict__.pop(KEPT, kept)
         for name, parameter in _affine(keeper).items():
             parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
-def _needs_hooks(layer: _BatchNorm) -> bool:
-    return not isinstance(layer, BatchNorm) and not is_frozen(layer)
-
-
-def _freeze_statistics(layer: _BatchNorm) -> None:
+def freeze_statistics(layer: nn.Module) -> None:
+    """Freeze the running statistics of one layer; nothing if they are."""
     if isinstance(layer, BatchNorm):
         layer._frozen = True
-    elif _needs_hooks(layer):
+    elif not is_frozen(layer):
         # torch's layers ask `training` only: it is False while they run, and what it was after.
         layer.register_forward_pre_hook(_evaluate, prepend=True)
         layer.register_forward_hook(_restore, always_call=True)
 
 
-def _unfreeze_statistics(layer: _BatchNorm) -> None:
+def unfreeze_statistics(layer: nn.Module) -> None:
+    """Undo `freeze_statistics`."""
     if isinstance(layer, BatchNorm):
         layer._frozen = False
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
