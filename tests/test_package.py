@@ -29,9 +29,14 @@ PUBLIC = {
     "convert",
     "forward_together",
     "freeze",
+    "from_flax",
+    "from_keras",
+    "param_groups",
     "pause_statistics",
     "revert",
     "sync_statistics",
+    "to_flax",
+    "to_keras",
     "unfreeze",
 }
 

@@ -18,10 +18,15 @@ from batchnorm.tools.accumulate import accumulate_statistics as accumulate_stati
 from batchnorm.tools.bank import bank as bank
 from batchnorm.tools.convert import convert as convert
 from batchnorm.tools.diagnose import diagnose as diagnose
+from batchnorm.tools.exchange import from_flax as from_flax
+from batchnorm.tools.exchange import from_keras as from_keras
+from batchnorm.tools.exchange import to_flax as to_flax
+from batchnorm.tools.exchange import to_keras as to_keras
 from batchnorm.tools.findings import Diagnosis as Diagnosis
 from batchnorm.tools.findings import Finding as Finding
 from batchnorm.tools.freeze import freeze as freeze
 from batchnorm.tools.freeze import unfreeze as unfreeze
+from batchnorm.tools.groups import param_groups as param_groups
 from batchnorm.tools.merge import sync_statistics as sync_statistics
 from batchnorm.tools.pause import pause_statistics as pause_statistics
 from batchnorm.tools.revert import revert as revert

@@ -98,7 +98,7 @@ def is_frozen(layer: nn.Module) -> bool:
     return _evaluate in layer._forward_pre_hooks.values()
 
 
-def _affine(keeper: nn.Module) -> dict[str, nn.Parameter]:
+def affine_of(keeper: nn.Module) -> dict[str, nn.Parameter]:
     """γ and β by name, or what torch's pruning and parametrizations make them of."""
     own = keeper.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in own if _AFFINE.fullmatch(name)}
@@ -107,13 +107,13 @@ def _affine(keeper: nn.Module) -> dict[str, nn.Parameter]:
 def _remember(layer: _BatchNorm) -> None:
     for keeper in keepers(layer):
         kept = keeper.__dict__.setdefault(KEPT, {})
-        for name, parameter in _affine(keeper).items():
+        for name, parameter in affine_of(keeper).items():
             kept.setdefault(name, parameter.requires_grad)
 
 
 def _freeze_affine(layer: _BatchNorm) -> None:
     for keeper in keepers(layer):
-        for parameter in _affine(keeper).values():
+        for parameter in affine_of(keeper).values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
@@ -123,7 +123,7 @@ def _unfreeze_affine(layer: _BatchNorm) -> None:
     for keeper in keepers(layer):
         # A bank that was made of a frozen layer has copies of frozen parameters.
         before = keeper.__dict__.pop(KEPT, kept)
-        for name, parameter in _affine(keeper).items():
+        for name, parameter in affine_of(keeper).items():
             parameter.requires_grad_(before.get(name, parameter.requires_grad))
 
 
