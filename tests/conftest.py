@@ -4,6 +4,8 @@ import os
 
 # One thread a process: the suite runs two processes on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What Keras is to compute with, where it is installed.
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import ctypes
 import sys

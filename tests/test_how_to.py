@@ -11,12 +11,29 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "how-to"
 PAGES = sorted(FOLDER.glob("*.md"))
 
 
+#: What a page's code imports besides torch.
+NEEDS = {
+    "exporting.md": ("onnxscript", "onnxruntime"),
+    "other-frameworks.md": ("keras", "flax"),
+}
+#: Those packages warn of themselves.
+QUIET = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def runs(page):
+    marks = [pytest.mark.slow, pytest.mark.filterwarnings(*QUIET)] if page.name in NEEDS else []
+    return pytest.param(page, marks=marks, id=page.name)
+
+
 def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "torchrun" not in p.read_text()], ids=str)
-def test_code_runs(page):
+@pytest.mark.parametrize("page", [runs(p) for p in PAGES if "torchrun" not in p.read_text()])
+def test_code_runs(page, tmp_path, monkeypatch):
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)  # for the files that it writes
     namespace = {}
     assert blocks(page)
     for block in blocks(page):

@@ -1,7 +1,5 @@
 """Weights of Keras and Flax, in and out, against their own layers where they are installed."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -31,7 +29,6 @@ AFFINE = pytest.mark.parametrize(("scale", "shift"), [(1, 1), (1, 0), (0, 1), (0
 
 @pytest.fixture(scope="module")
 def keras():
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     return pytest.importorskip("keras")
 
 
