@@ -355,6 +355,17 @@ def test_compiled_code_sees_the_new_layer():
     torch.compiler.reset()
 
 
+def test_a_hooked_child_stays_a_module():
+    """Whoever listens to it goes on hearing it."""
+    model = nn.Sequential(BatchNormAct2d(3))
+    heard = []
+    model[0].act.register_forward_hook(lambda *_: heard.append(1))
+    convert(model)
+    model(torch.randn(2, 3, 4, 4))
+    assert heard == [1]
+    assert model[0].activation is model[0].act
+
+
 def test_random_numbers_and_modes_are_left_alone():
     model, _ = made("dropout")
     model.eval()

@@ -46,6 +46,11 @@ class Gated(BatchNormAct2d):
         return self.gate * super().forward(x)
 
 
+class Above(Gated):
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Masked(BatchNormAct2d):
     def __init__(self, channels):
         super().__init__(channels)
@@ -107,6 +112,12 @@ def both(channels):
     return layer
 
 
+def hooked(channels):
+    layer = BatchNormAct2d(channels)
+    layer.drop.register_forward_hook(lambda *_: None)
+    return layer
+
+
 def replaced(channels):
     layer = nn.BatchNorm2d(channels)
     layer.forward = types.MethodType(lambda self, x: x, layer)
@@ -135,6 +146,7 @@ REFUSED = {
     "method": (Clipped, "lose its class's own 'clip'"),
     "train": (Still, "lose its class's own 'train'"),
     "attribute": (Gated, "forward may use 'gate'"),
+    "attribute above": (Above, "forward may use 'gate'"),
     "buffer": (Masked, "forward may use 'alive'"),
     "order": (Before, "output in evaluation would not be the same"),
     "|γ|": (Absolute, "output in evaluation would not be the same"),
@@ -147,7 +159,8 @@ REFUSED = {
     "renorm": (with_attribute("renorm", nn.ReLU()), "an attribute 'renorm' of its own"),
     "gamma": (with_attribute("gamma", 2.0), "an attribute 'gamma' of its own"),
     "momentum": (lambda c: nn.BatchNorm2d(c, momentum=1.5), r"momentum in \[0, 1\].* got 1.5"),
-    "slots": (Slotted, "layout|'__slots__'"),
+    "slots": (Slotted, "lose its class's own 'extra'"),
+    "hooked child": (hooked, "own forward"),
 }
 
 

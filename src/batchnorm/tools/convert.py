@@ -132,7 +132,4 @@ def _tried(
 ) -> tuple[tuple[int, ...], str | None]:
     # SyncBatchNorm would wait for other processes; and with eps=0 torch refuses to train.
     training = not origin.synchronises and getattr(layer, "eps", None) != 0
-    try:
-        return difference(layer, lambda it: become_ours(it, origin), ranks, training=training)
-    except TypeError as error:  # of a class with slots
-        raise ArgumentError(str(error)) from error
+    return difference(layer, lambda it: become_ours(it, origin), ranks, training=training)

@@ -69,7 +69,7 @@ def from_keras(source: Any, **config: Any) -> BatchNorm:
     if not isinstance(source, Mapping):
         if getattr(source, "synchronized", False):
             layer.process_group = "world"
-        if not source.trainable:
+        if not getattr(source, "trainable", True):
             freeze(layer)
     return layer
 

@@ -52,7 +52,8 @@ OWN = tuple(name for name in _OURS if name not in _PLAIN)
 _HARMLESS = {
     *vars(type("Empty", (), {})), "__init__", "__annotations__", "__constants__", "__repr__",
     "extra_repr", "_check_input_dim", "__firstlineno__", "__static_attributes__", "__parameters__",
-    "__orig_bases__", "__abstractmethods__", "_abc_impl", "__annotate__", "__annotate_func__",
+    "__orig_bases__", "__slots__", "__abstractmethods__", "_abc_impl", "__annotate__",
+    "__annotate_func__",
 }  # fmt: skip
 _KNOWN = {cls for kind in (*RANKS, *LAZY) for cls in kind.__mro__}
 
@@ -128,7 +129,7 @@ def origin_of(layer: Any) -> Origin:
     if vars(layer).get("_collect") is not None:
         raise ArgumentError("accumulate_statistics is at work; convert outside of the block")
     statistics = layer._buffers.get("running_mean")
-    fused, child = _activation(layer) if own_forward else (None, None)
+    fused, child = _activation(layer, foreign) if own_forward else (None, None)
     kept = set(layer._modules) if not own_forward else {child}
     _check_names(layer, child)
     return Origin(
@@ -144,32 +145,39 @@ def origin_of(layer: Any) -> Origin:
     )
 
 
-def _activation(layer: Any) -> tuple[str | None, str | None]:
+def _activation(layer: Any, foreign: list[type]) -> tuple[str | None, str | None]:
     """What a forward of its own may do after normalising: its one child that does something.
 
     Returns:
         Its name among the fused activations; or else the child's.
     """
     children = {name: child for name, child in layer._modules.items() if child is not None}
-    active = [name for name, child in children.items() if type(child) is not nn.Identity]
+    active = [
+        name
+        for name, child in children.items()
+        if type(child) is not nn.Identity or _is_hooked(child)
+    ]
     if len(active) > 1 or not (children or is_fixed(layer)):
         raise ArgumentError("BatchNorm would lose its class's own forward")
-    known = {*_FIXED, "num_batches_tracked"}
-    state = {*layer._parameters, *layer._buffers}
-    code = inspect.unwrap(type(layer).forward).__code__
-    read = set(code.co_names) & (set(vars(layer)) - set(_PLAIN) - {"process_group"})
-    if more := (state - known) | read:
+    # What changes nothing now may do so later, when the layer has no such forward any more.
+    state = {*layer._parameters, *layer._buffers} - {*_FIXED, "num_batches_tracked"}
+    attributes = set(vars(layer)) - set(_PLAIN) - {"process_group"}
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in foreign if "forward" in vars(cls)]
+    if more := state | (attributes & {name for it in forwards for name in it.__code__.co_names}):
         raise ArgumentError(f"its class's own forward may use {_listed(more)}")
     if not active:
         return None, None
     (name,) = active
     child = children[name]
-    hooked = any(key.endswith("_hooks") and value for key, value in vars(child).items())
-    if type(child) is nn.ReLU and not hooked:
+    if type(child) is nn.ReLU and not _is_hooked(child):
         return "relu", None
-    if type(child) is nn.LeakyReLU and child.negative_slope == 0.01 and not hooked:
+    if type(child) is nn.LeakyReLU and child.negative_slope == 0.01 and not _is_hooked(child):
         return "leaky_relu", None
     return None, name
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(name.endswith("_hooks") and value for name, value in vars(module).items())
 
 
 def _check_names(layer: Any, child: str | None) -> None:

@@ -53,12 +53,12 @@ def revert(model: M, example_inputs: Any = None) -> M:
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, ...)
     """
     layers = [(name, it) for name, it in every_batch_norm(model) if isinstance(it, BatchNorm)]
-    seen = {} if example_inputs is None else _ranks(model, [it for _, it in layers], example_inputs)
+    seen = _ranks(model, [it for _, it in layers], example_inputs)
     kinds = []
     refused = []
     for name, layer in layers:
         try:
-            kinds.append(_kind(layer, seen.get(layer, set())))
+            kinds.append(_kind(layer, seen[layer]))
         except ArgumentError as error:
             refused.append(f"{layer} at {name or 'the top'!r}: {error}")
     if refused:
@@ -71,6 +71,8 @@ def revert(model: M, example_inputs: Any = None) -> M:
 def _ranks(model: nn.Module, layers: list[BatchNorm], batch: Any) -> dict[BatchNorm, set[int]]:
     """The ranks of what each layer gets."""
     seen: dict[BatchNorm, set[int]] = {layer: set() for layer in layers}
+    if batch is None or not layers:
+        return seen
 
     def look(layer: Any, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["x"]
