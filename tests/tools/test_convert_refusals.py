@@ -92,6 +92,20 @@ class Biased(BatchNormAct2d):
         return super().forward(x)
 
 
+class Split(nn.BatchNorm2d):
+    """Clean and adversarial examples apart: as timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.others = nn.ModuleList([nn.BatchNorm2d(channels)])
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        first, second = x.chunk(2)
+        return torch.cat([super().forward(first), self.others[0](second)])
+
+
 class OtherEpsBatchNorm(FrozenBatchNorm2d):
     """The attribute says 1e-5."""
 
@@ -151,6 +165,7 @@ REFUSED = {
     "order": (Before, "output in evaluation would not be the same"),
     "|γ|": (Absolute, "output in evaluation would not be the same"),
     "biased": (Biased, "running_var in training would not be the same"),
+    "split": (Split, "Split at '1': as a BatchNorm, it would raise "),
     "eps": (OtherEpsBatchNorm, "output in evaluation would not be the same"),
     "two children": (both, "own forward"),
     "replaced": (replaced, "its forward was replaced"),
@@ -180,7 +195,7 @@ def test_is_refused_and_nothing_is_changed(make, message):
 
 def test_all_that_are_refused_are_named_at_once():
     model = nn.ModuleDict({"a": Scaled(2), "b": nn.BatchNorm2d(2), "c": nn.Sequential(Clipped(2))})
-    with pytest.raises(ArgumentError, match=r"Scaled at 'a': .*; Clipped at 'c\.0': "):
+    with pytest.raises(ArgumentError, match=r"Scaled at 'a': .*; Clipped at 'c\.0': .*beside it$"):
         convert(model)
 
 

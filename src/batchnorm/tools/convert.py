@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "eps": 1e-5, "momentum": 0.1, "track_running_stats": True, "process_group": None
 }  # fmt: skip
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)  # mutant: for type checkers
 
 #: What belongs to a layer's tensors.
 _SHAPE = {

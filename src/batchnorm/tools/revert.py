@@ -15,7 +15,7 @@ from batchnorm.tools.lazy import LAZY, LazyBatchNorm
 from batchnorm.tools.origin import EVERY_RANK, ORIGIN, RANKS, TINY, Origin, become_theirs
 from batchnorm.tools.same import difference
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)  # mutant: for type checkers
 
 #: What matters in training only, and torch's layers have not.
 _TRAINING = ("virtual_batch_size", "renorm")

@@ -66,7 +66,10 @@ def difference(
                 continue
             accepted.append(rank)
             for mode, results in zip(modes, expected, strict=True):
-                got = _results(new, x, mode)
+                try:
+                    got = _results(new, x, mode)
+                except Exception as error:
+                    return tuple(accepted), f"it would raise {type(error).__name__}: {error}"
                 for name, value in results.items():
                     if name in got and not _close(got[name], value):
                         when = "training" if mode else "evaluation"
