@@ -68,6 +68,15 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale + (bias - mean * scale)
 
 
+class FrozenBatchNorm1d(FrozenBatchNorm2d):
+    """The same for (samples, channels)."""
+
+    def forward(self, x):
+        return (x - self.running_mean) * (
+            self.running_var + self.eps
+        ).rsqrt() * self.weight + self.bias
+
+
 class DetrFrozenBatchNorm2d(FrozenBatchNorm2d):
     """As in transformers, where eps is a number in `forward`."""
 

@@ -26,6 +26,10 @@ class AnyRank(nn.BatchNorm1d):
         super().__init__(channels, **options)
         self.note = "kept"
 
+    @classmethod
+    def of(cls, other):
+        return cls(other.num_features)
+
     def _check_input_dim(self, x):
         pass
 

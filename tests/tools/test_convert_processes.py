@@ -31,6 +31,9 @@ def work(rank, folder):
     if rank == 0:  # alone: the other one would be waited for
         alone = revert(convert(network(nn.SyncBatchNorm)))
         assert type(alone[1]) is nn.SyncBatchNorm
+        alone[1].process_group = distributed.group.WORLD
+        assert convert(alone)[1].process_group is distributed.group.WORLD
+        assert revert(alone)[1].process_group is distributed.group.WORLD
     model = DistributedDataParallel(convert(network(nn.SyncBatchNorm)))
     # DistributedDataParallel takes the mean over processes.
     loss = model(data()[rank]).square().sum() * WORLD / sum(SIZES)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from batchnorm import ArgumentError, BatchNorm, Renorm, accumulate_statistics, convert
-from standins import BatchNormAct2d, FrozenBatchNorm2d
+from standins import BatchNormAct2d, FrozenBatchNorm1d, FrozenBatchNorm2d
 
 
 class Scaled(nn.BatchNorm2d):
@@ -165,6 +165,10 @@ REFUSED = {
     "order": (Before, "output in evaluation would not be the same"),
     "|γ|": (Absolute, "output in evaluation would not be the same"),
     "biased": (Biased, "running_var in training would not be the same"),
+    "rank": (
+        FrozenBatchNorm1d,
+        r"'1': as a BatchNorm, it cannot be tried \(RuntimeError at rank 4",
+    ),
     "split": (Split, "Split at '1': as a BatchNorm, it would raise "),
     "eps": (OtherEpsBatchNorm, "output in evaluation would not be the same"),
     "two children": (both, "own forward"),
@@ -217,12 +221,12 @@ def test_options_that_cannot_be():
     model = nn.Sequential(nn.BatchNorm1d(3))
     for options, message in [
         ({"affine": False}, r"options of BatchNorm among activation, .*got affine"),
-        ({"ghost": 4}, "got ghost"),
+        ({"ghost": 4}, "options of BatchNorm.* got ghost"),
         ({"eps": 0}, "eps > 0"),
         ({"virtual_batch_size": 0}, "virtual_batch_size"),
         ({"process_group": "all"}, "process_group"),
     ]:
-        with pytest.raises(ArgumentError, match=message):
+        with pytest.raises(ArgumentError, match=f"^expected {message}"):
             convert(model, **options)
     assert type(model[0]) is nn.BatchNorm1d
 

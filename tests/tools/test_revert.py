@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import ArgumentError, BatchNorm, Renorm, accumulate_statistics, bank, convert, revert
-from standins import BatchNormAct2d
+from batchnorm import (
+    ArgumentError,
+    BatchNorm,
+    Renorm,
+    accumulate_statistics,
+    bank,
+    convert,
+    revert,
+    unfreeze,
+)
+from standins import BatchNormAct2d, DetrFrozenBatchNorm2d, FrozenBatchNormAct2d
 
 
 class Derived(BatchNorm):
@@ -115,7 +124,24 @@ def with_given_activation():
     return layer
 
 
+def thawed():
+    layer = convert(FrozenBatchNormAct2d(3))
+    unfreeze(layer)
+    return layer
+
+
+def with_other_eps():
+    layer = convert(DetrFrozenBatchNorm2d(3))
+    layer.eps = 1e-3
+    return layer
+
+
 REFUSED = {
+    "thawed": (thawed, "a BatchNorm2d does not apply activation='relu'"),
+    "number in a forward": (
+        with_other_eps,
+        "as a DetrFrozenBatchNorm2d, its output in evaluation would not be the same",
+    ),
     "unknown rank": (lambda: BatchNorm(3), "rank of its input, and there are none to go by"),
     "renorm": (lambda: BatchNorm(3, renorm=Renorm()), "no renorm; .*set it to None first"),
     "groups": (lambda: BatchNorm(3, virtual_batch_size=2), "no virtual_batch_size; "),

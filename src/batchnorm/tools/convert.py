@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +13,7 @@ from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.tools.layers import every_batch_norm
 from batchnorm.tools.lazy import LAZY
-from batchnorm.tools.origin import EVERY_RANK, ORIGIN, Origin, become_ours, origin_of
+from batchnorm.tools.origin import ORIGIN, Origin, become_ours, origin_of
 from batchnorm.tools.same import difference
 
 #: Settings that options must go together with; what never trains may be without.
@@ -112,10 +113,10 @@ def _origin(layer: Any, options: dict[str, Any]) -> Origin | None:
     """
     origin = None if isinstance(layer, BatchNorm) else origin_of(layer)
     if origin is not None and not issubclass(origin.kind, LAZY):
-        ranks, reason = _tried(layer, origin, origin.ranks)
-        if origin.fixed and not ranks:
-            # With too few axes, some make an outer product of their input and γ.
-            ranks, reason = _tried(layer, origin, EVERY_RANK)
+        # SyncBatchNorm would wait for other processes; and with eps=0 torch refuses to train.
+        training = not origin.synchronises and getattr(layer, "eps", None) != 0
+        change = partial(become_ours, origin=origin)
+        ranks, reason = difference(layer, change, origin.ranks, training=training)
         if reason is not None:
             raise ArgumentError(f"as a BatchNorm, {reason}")
         origin = replace(origin, ranks=ranks)
@@ -125,11 +126,3 @@ def _origin(layer: Any, options: dict[str, Any]) -> Origin | None:
     if origin is not None and "activation" in options and (origin.fused or origin.child):
         raise ArgumentError("it has an activation already, which the option would replace")
     return origin
-
-
-def _tried(
-    layer: Any, origin: Origin, ranks: tuple[int, ...]
-) -> tuple[tuple[int, ...], str | None]:
-    # SyncBatchNorm would wait for other processes; and with eps=0 torch refuses to train.
-    training = not origin.synchronises and getattr(layer, "eps", None) != 0
-    return difference(layer, lambda it: become_ours(it, origin), ranks, training=training)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -40,6 +39,4 @@ class LazyBatchNorm(LazyModuleMixin, BatchNorm):
         sized = next((tensor for tensor in tensors if tensor is not None and tensor.dim()), None)
         self.num_features = channels if sized is None else len(sized)
         if lazy:
-            with torch.no_grad():
-                self.reset_parameters()
-        self._widen_statistics()
+            self.reset_parameters()

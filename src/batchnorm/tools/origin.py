@@ -53,7 +53,7 @@ _HARMLESS = {
     *vars(type("Empty", (), {})), "__init__", "__annotations__", "__constants__", "__repr__",
     "extra_repr", "_check_input_dim", "__firstlineno__", "__static_attributes__", "__parameters__",
     "__orig_bases__", "__slots__", "__abstractmethods__", "_abc_impl", "__annotate__",
-    "__annotate_func__",
+    "__annotate_func__",  # mutant: of later Pythons
 }  # fmt: skip
 _KNOWN = {cls for kind in (*RANKS, *LAZY) for cls in kind.__mro__}
 
@@ -134,6 +134,7 @@ def origin_of(layer: Any) -> Origin:
     _check_names(layer, child)
     return Origin(
         kind,
+        # Of fewer axes they would make an outer product with γ.
         (4,) if fixed else RANKS.get(kind, EVERY_RANK),
         fused,
         child,
