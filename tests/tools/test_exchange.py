@@ -131,6 +131,13 @@ def test_keras_layers_that_do_not_train(keras):
     assert config["trainable"] is False
 
 
+def test_keras_layers_that_share(keras):
+    theirs = keras_layer(keras, (6, 3), 1)
+    assert from_keras(theirs).process_group is None
+    theirs.synchronized = True  # its constructor allows it with TensorFlow only
+    assert from_keras(theirs).process_group == "world"
+
+
 def test_keras_layers_that_cannot_be_taken(keras):
     with pytest.raises(ArgumentError, match=r"built.*without moving_mean, moving_variance"):
         from_keras(keras.layers.BatchNormalization())
@@ -220,6 +227,8 @@ def test_arrays_of_every_kind():
     ):
         assert torch.equal(getattr(tensors, name), torch.from_numpy(value))
         assert torch.equal(getattr(lists, name).float(), torch.from_numpy(value))
+    parameter = torch.nn.Parameter(torch.from_numpy(gamma).bfloat16())
+    assert torch.equal(from_keras({**weights, "gamma": parameter}).weight, parameter)
     with torch.no_grad():
         tensors.weight.zero_()
     assert gamma.all()

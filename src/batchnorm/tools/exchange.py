@@ -231,8 +231,6 @@ def _tensor(name: str, value: Any) -> Tensor:
 
     if isinstance(value, Tensor):
         return value.detach().cpu()
-    if hasattr(value, "numpy"):  # Keras's variables, whatever is behind them
-        value = value.numpy()
     array = np.asarray(value)
     if array.dtype.name == "bfloat16":  # NumPy's own has no such dtype
         return torch.from_numpy(array.astype(np.float32)).bfloat16()
