@@ -86,17 +86,23 @@ TESTS = {
     ],
     "layers/statistics.py": ["tools/test_bank.py", "layers/test_persistence.py"],
     "tools/accumulate.py": ["tools/test_accumulate.py"],
-    "tools/convert.py": ["tools/test_convert.py", "tools/test_convert_refusals.py"],
+    "tools/convert.py": [
+        "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_convert_objects.py",
+    ],
     "tools/exchange.py": ["tools/test_exchange.py"],
     "tools/groups.py": ["tools/test_groups.py"],
     "tools/lazy.py": ["tools/test_lazy.py"],
     "tools/origin.py": [
-        "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_revert.py",
+        "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_convert_objects.py",
+        "tools/test_revert.py", "tools/test_lazy.py",
+    ],
+    "tools/revert.py": [
+        "tools/test_revert.py", "tools/test_convert.py", "tools/test_convert_objects.py",
         "tools/test_lazy.py",
     ],
-    "tools/revert.py": ["tools/test_revert.py", "tools/test_convert.py", "tools/test_lazy.py"],
     "tools/same.py": [
-        "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_revert.py",
+        "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_convert_objects.py",
+        "tools/test_revert.py",
     ],
     "tools/bank.py": ["tools/test_bank.py"],
     "tools/diagnose.py": DIAGNOSE,
