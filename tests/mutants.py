@@ -125,6 +125,26 @@ TESTS = {
     "tools/diagnosis/statistics.py": ["tools/diagnosis/test_statistics.py", *DIAGNOSE],
     "tools/diagnosis/trace.py": ["tools/diagnosis/test_trace.py", *DIAGNOSE],
     "tools/diagnosis/watch.py": ["tools/diagnosis/test_watch.py", *DIAGNOSE],
+    "tools/fold.py": [
+        "tools/folding/test_plan.py", "tools/folding/test_verify.py", "tools/test_fold.py",
+    ],
+    "tools/folding/algebra.py": ["tools/folding/test_kinds.py", "tools/test_fold.py"],
+    "tools/folding/capture.py": [
+        "tools/folding/test_capture.py", "tools/folding/test_plan.py", "tools/test_fold.py",
+    ],
+    "tools/folding/example.py": ["tools/folding/test_verify.py", "tools/folding/test_capture.py"],
+    "tools/folding/exported.py": ["tools/folding/test_capture.py"],
+    "tools/folding/flow.py": [
+        "tools/folding/test_plan.py", "tools/folding/test_capture.py", "tools/test_fold.py",
+    ],
+    "tools/folding/kinds.py": ["tools/folding/test_kinds.py", "tools/test_fold.py"],
+    "tools/folding/plan.py": [
+        "tools/folding/test_plan.py", "tools/folding/test_kinds.py",
+        "tools/folding/test_capture.py", "tools/test_fold.py",
+    ],
+    "tools/folding/rewrite.py": ["tools/folding/test_plan.py", "tools/test_fold.py"],
+    "tools/folding/steps.py": ["tools/folding/test_plan.py", "tools/folding/test_verify.py"],
+    "tools/folding/verify.py": ["tools/folding/test_verify.py"],
     "tools/freeze.py": ["tools/test_freeze.py"],
     "tools/layers.py": ["tools/test_layers.py"],
     "tools/merge.py": ["tools/test_merge.py"],

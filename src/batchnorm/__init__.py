@@ -3,6 +3,7 @@
 from batchnorm._version import __version__ as __version__
 from batchnorm.errors import ArgumentError as ArgumentError
 from batchnorm.errors import BatchNormError as BatchNormError
+from batchnorm.errors import FoldError as FoldError
 from batchnorm.errors import InputError as InputError
 from batchnorm.errors import MissingDependencyError as MissingDependencyError
 from batchnorm.errors import NonFiniteWarning as NonFiniteWarning
@@ -24,6 +25,8 @@ from batchnorm.tools.exchange import to_flax as to_flax
 from batchnorm.tools.exchange import to_keras as to_keras
 from batchnorm.tools.findings import Diagnosis as Diagnosis
 from batchnorm.tools.findings import Finding as Finding
+from batchnorm.tools.fold import fold as fold
+from batchnorm.tools.folding.report import FoldReport as FoldReport
 from batchnorm.tools.freeze import freeze as freeze
 from batchnorm.tools.freeze import unfreeze as unfreeze
 from batchnorm.tools.groups import param_groups as param_groups

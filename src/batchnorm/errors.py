@@ -27,6 +27,10 @@ class SyncError(BatchNormError, RuntimeError):
     """The processes that share statistics do not agree, or did not all come."""
 
 
+class FoldError(BatchNormError, RuntimeError):
+    """A model with its batch norm layers folded away would not be the same function."""
+
+
 class MissingDependencyError(BatchNormError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -154,3 +154,7 @@ def _evaluate(layer: nn.Module, _: Any) -> None:
 
 def _restore(layer: nn.Module, _: Any, __: Any) -> None:
     layer.training = layer.__dict__.pop("_was_training", layer.training)
+
+
+#: The hooks of frozen layers of torch's own: evaluation is the same with them and without.
+HOOKS = (_evaluate, _restore)
