@@ -32,5 +32,7 @@ from batchnorm.tools.freeze import unfreeze as unfreeze
 from batchnorm.tools.groups import param_groups as param_groups
 from batchnorm.tools.merge import sync_statistics as sync_statistics
 from batchnorm.tools.pause import pause_statistics as pause_statistics
+from batchnorm.tools.recalibrate import recalibrate as recalibrate
+from batchnorm.tools.recalibration import Recalibration as Recalibration
 from batchnorm.tools.revert import revert as revert
 from batchnorm.tools.together import forward_together as forward_together

@@ -91,13 +91,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
         for parameter in model.parameters()
     ]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng())
-        stack.callback(random.setstate, random.getstate())
-        if "numpy" in sys.modules:
-            numpy: Any = sys.modules["numpy"]
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
+    with torch.no_grad(), rewound():
         try:
             yield
         finally:
@@ -111,3 +105,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 if gradient is not None and value is not None:
                     gradient.copy_(value)
                 parameter.grad = gradient
+
+
+@contextmanager
+def rewound() -> Iterator[None]:
+    """Afterwards torch's, Python's and NumPy's random number generators are where they were.
+
+    What shuffles and augments by them does so the same way in each of several such blocks.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy: Any = sys.modules["numpy"]
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        yield

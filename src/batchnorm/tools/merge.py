@@ -136,7 +136,12 @@ def _share(keeper: Any, everyones: Tensor, average: bool) -> None:
         keeper.running_var.copy_(var)
         if keeper.num_batches_tracked is not None:
             keeper.num_batches_tracked.fill_(int(total))
+    remember(keeper)
+
+
+def remember(keeper: Any) -> None:
+    """Note that all processes have these statistics now: they count once when next merged."""
     if keeper.num_batches_tracked is not None:
-        wide = everyones.dtype
+        wide = accumulation_dtype(keeper.running_mean.device)
         kept = (keeper.running_mean.to(wide), keeper.running_var.to(wide))
         setattr(keeper, SHARED, (int(keeper.num_batches_tracked), *(t.clone() for t in kept)))
