@@ -148,7 +148,22 @@ TESTS = {
     "tools/freeze.py": ["tools/test_freeze.py"],
     "tools/layers.py": ["tools/test_layers.py"],
     "tools/merge.py": ["tools/test_merge.py"],
+    "tools/observe.py": ["tools/test_recalibrate_kinds.py"],
+    "tools/passes.py": [
+        "tools/test_passes.py", "tools/test_recalibrate.py", "tools/test_recalibrate_state.py",
+        "tools/test_recalibrate_kinds.py", "tools/test_compile.py",
+        "tools/test_recalibrate_processes.py",
+    ],
     "tools/pause.py": ["tools/test_pause.py"],
+    "tools/progress.py": ["tools/test_progress.py", "tools/test_recalibrate_state.py"],
+    "tools/recalibrate.py": [
+        "tools/test_recalibrate_state.py", "tools/test_recalibrate.py",
+        "tools/test_recalibrate_kinds.py", "tools/test_recalibrate_processes.py",
+    ],
+    "tools/recalibration.py": [
+        "tools/test_recalibrate.py", "tools/test_recalibrate_state.py",
+        "tools/test_recalibrate_processes.py",
+    ],
     "tools/together.py": TOGETHER,
     "layers/batch_norm.py": [
         "layers/test_batch_norm.py", "test_validation.py", "test_outline.py", "layers/test_swap.py",

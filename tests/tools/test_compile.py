@@ -13,6 +13,7 @@ from batchnorm import (
     forward_together,
     freeze,
     pause_statistics,
+    recalibrate,
     unfreeze,
 )
 
@@ -128,3 +129,18 @@ def test_together():
         assert_same(model, twin)
         torch.testing.assert_close(compiled(x), twin(x), **TOLERANCE)
     assert_same(model, twin)
+
+
+@EITHER
+@pytest.mark.parametrize("method", ["batch", "layerwise"])
+def test_recalibration_of_what_was_compiled_before(kind, method):
+    model, twin, compiled = made(kind)
+    x = data()
+    for mode in (True, False):
+        compiled.train(mode)(x)
+        twin.train(mode)(x)
+    for net in (compiled, twin):
+        recalibrate(net, x.split(3) if method == "layerwise" else x.split(4), method=method)
+    assert_same(model, twin)
+    torch.testing.assert_close(model[0].running_var, x.var(0), **TOLERANCE)
+    torch.testing.assert_close(compiled(x), twin(x), **TOLERANCE)

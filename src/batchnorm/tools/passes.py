@@ -97,11 +97,11 @@ class Walk:
         Raises:
             InputError: there is no such order, or the passes differ.
         """
-        first, *levels = self._levels()
-        self.expected_passes = 1 + len(levels)
-        self._settle(first)  # no layer that is recalibrated comes before them
-        for parts in levels:
-            self._run(parts)
+        levels = self._levels()
+        self.expected_passes = len(levels)
+        for number, parts in enumerate(levels):
+            if number:  # before the first there are none: they have what they need
+                self._run(parts)
             self._settle(parts)
 
     def see(self, keeper: Any, moments: Moments) -> None:
