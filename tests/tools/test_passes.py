@@ -113,12 +113,12 @@ def test_a_loop_pools_all_rounds_of_batches_that_are_normalised_by_themselves(me
     model = Loop().double()
     batches, every = torch.randn(12, 3, dtype=torch.float64).split(6), []
     with torch.no_grad():
-        for x in batches:
+        for batch in batches:
+            x = batch
             for _ in range(3):
                 h = model.first(x)
                 every.append(h)
-                h = (h - h.mean(0)) / (h.var(0, correction=0) + model.bn.eps).sqrt()
-                x = h.tanh()
+                x = ((h - h.mean(0)) / (h.var(0, correction=0) + model.bn.eps).sqrt()).tanh()
     report = recalibrate(model, batches, method=method)
     assert (report.layers[0].calls, report.passes) == (3, 1)
     want = torch.cat(every)
@@ -176,7 +176,9 @@ def test_layers_of_which_a_batch_takes_only_one_share_a_pass():
 def test_layers_that_come_in_both_orders_are_refused_layerwise():
     model, batches = Routes(reverse=True).double(), signed(1, -1)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=r"in one order, got a circle: 'a', 'c', 'a'|'c', 'a', 'c'"):
+    with pytest.raises(
+        InputError, match=r"in one order, got a circle: 'a', 'c', 'a'|'c', 'a', 'c'"
+    ):
         recalibrate(model, batches, method="layerwise")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     recalibrate(model, batches)

@@ -46,10 +46,14 @@ def test_silence_in_a_terminal_unless_asked_for(terminal):
 
 
 def test_a_bar_goes_away_with_an_exception(terminal):
-    with redirect_stderr(terminal):
-        with pytest.raises(ZeroDivisionError), progress_of("Working", True) as tell:
+    def fail():
+        with progress_of("Working", True) as tell:
             tell(1, 2)
             raise ZeroDivisionError
+
+    with redirect_stderr(terminal):
+        with pytest.raises(ZeroDivisionError):
+            fail()
         with progress_of("Working", True) as tell:  # rich allows one at a time
             tell(1, None)
     assert "1/2" in terminal.getvalue()

@@ -90,7 +90,7 @@ def test_layerwise_is_what_comes_in_when_evaluation_runs(kind):
         model, x, seen = network(kind).to(dtype), data().to(dtype), []
         recalibrate(model, x.split(SPLITS["layerwise"]), method="layerwise")
         for layer in norms(model):
-            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             model.eval()(x)
         for layer, values in zip(norms(model), seen, strict=True):

@@ -26,7 +26,8 @@ METHODS = pytest.mark.parametrize("method", ["batch", "layerwise"])
 
 def network(make=BatchNorm):
     return nn.Sequential(
-        nn.Linear(3, 4), make(4), nn.Dropout(0.5), nn.Linear(4, 4), make(4), nn.Linear(4, 4), make(4)
+        nn.Linear(3, 4), make(4), nn.Dropout(0.5),
+        nn.Linear(4, 4), make(4), nn.Linear(4, 4), make(4),
     )  # fmt: skip
 
 
@@ -133,9 +134,10 @@ def test_an_exception_in_a_late_pass_leaves_all_as_it_was():
 def test_a_warning_that_is_an_error_leaves_all_as_it_was(method):
     model = trained()
     before = state(model)
-    with warnings.catch_warnings(), pytest.raises(NonFiniteWarning):
-        warnings.simplefilter("error")
-        recalibrate(model, [torch.randn(4, 3), torch.full((4, 3), torch.nan)], method=method)
+    batches = [torch.randn(4, 3), torch.full((4, 3), torch.nan)]
+    warnings.simplefilter("error")  # pytest undoes it
+    with pytest.raises(NonFiniteWarning):
+        recalibrate(model, batches, method=method)
     assert unchanged(model, before)
 
 
