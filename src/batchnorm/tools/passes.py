@@ -127,7 +127,7 @@ class Walk:
                 "batches"
             )
         keeper.running_mean.copy_(moments.mean)
-        keeper.running_var.copy_(moments.variance())
+        keeper.running_var.copy_(moments.m2 / count)
 
     def _run(self, parts: list[Part]) -> None:
         for part in parts:
@@ -148,6 +148,8 @@ class Walk:
             )
         self.batches_here = number
         self.passes += 1
+        for part in parts:
+            part.merge()
         if self.sync is not None:
             packed = [part.packed().to(parts[0].device) for part in parts]
             everyones = self.sync.gather(torch.cat(packed))

@@ -20,6 +20,11 @@ from batchnorm.tools.merge import remember
 from batchnorm.validation import MIN_COUNT
 
 
+#: Calls whose moments are merged together: a merge takes 60 µs however many there are, which would
+#: be more than a small layer takes to compute them.
+AT_ONCE = 64
+
+
 @dataclass(frozen=True)
 class LayerRecalibration:
     """The new running statistics of a layer, or of one of its banks, beside the old.
@@ -88,14 +93,27 @@ class Part:
         zeros = zeros.to(accumulation_dtype(self.device))
         self.moments = Moments(zeros, zeros, zeros)  # channels have counts of their own
         self.refused = zeros
+        self.waiting: list[Moments] = []
         self.batches = 0
 
     def take(self, moments: Moments) -> None:
-        """What is not finite stays out."""
-        finite = moments.mean.isfinite() & moments.m2.isfinite()
-        self.refused = self.refused + ~finite
-        parts = (moments.count, moments.mean, moments.m2)
-        self.moments = self.moments.merge(Moments(*(torch.where(finite, p, 0.0) for p in parts)))
+        """One call's."""
+        self.waiting.append(moments)
+        if len(self.waiting) >= AT_ONCE:
+            self.merge()
+
+    def merge(self) -> None:
+        """Pool what has been taken since the last time; what is not finite stays out."""
+        if not self.waiting:
+            return
+        mean = torch.stack([moments.mean for moments in self.waiting])
+        m2 = torch.stack([moments.m2 for moments in self.waiting])
+        count = torch.stack([moments.count for moments in self.waiting])[:, None].expand_as(mean)
+        self.waiting.clear()
+        finite = mean.isfinite() & m2.isfinite()
+        self.refused = self.refused + (~finite).sum(0)
+        sound_ones = Moments(*(torch.where(finite, part, 0.0) for part in (count, mean, m2)))
+        self.moments = self.moments.merge(sound_ones.merged())
 
     def packed(self) -> Tensor:
         """All of it in one row."""
