@@ -243,8 +243,8 @@ def page(content: dict[str, Any], figure: str) -> str:
         f"Made by `python benchmarks/recalibration.py`, {of_where['date']}: batchnorm "
         f"{of_where['batchnorm']} ({(of_where['commit'] or 'unknown')[:10]}), torch "
         f"{of_where['torch']}, {of_where['cpu']}, seeds {min(SEEDS)} to {max(SEEDS)}.\n",
-        f"{len(SEEDS)} networks of {len(STRIDES)} convolutions, {WIDTH} channels, 8 × 8 positions at first and "
-        f"2 × 2 at last, each trained on the "
+        f"{len(SEEDS)} networks of {len(STRIDES)} convolutions, {WIDTH} channels, 8 × 8 "
+        "positions at first and 2 × 2 at last, each trained on the "
         f"1 293 training digits for {EPOCHS} epochs in batches of {BATCH} (SGD, learning rate "
         f"{RATE}, momentum 0.9; BN momentum 0.1). Then the running statistics are replaced, from "
         "the same images; nothing else differs. 504 test images: one of them is 0.2 %.\n",
