@@ -95,6 +95,19 @@ def test_a_step_that_runs_the_model_twice_is_the_same():
     assert_consistent(model, x.split(5), step)
 
 
+def test_an_empty_call_is_none():
+    """A batch whose first input has no rows: the second input's call is the only one."""
+
+    def step(model, batch):
+        return model(batch[:0]), model(batch)
+
+    model, batches = chain(3), torch.randn(12, 3, dtype=torch.float64).split(4)
+    report = recalibrate(model, batches, method="layerwise", step=step)
+    assert [(layer.calls, layer.batches) for layer in report.layers] == [(1, 3)] * 3
+    assert report.passes == 3
+    assert_consistent(model, batches)
+
+
 class Loop(nn.Module):
     """Its output comes back to it: no statistics are known to be consistent before they are."""
 

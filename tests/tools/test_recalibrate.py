@@ -167,6 +167,17 @@ def test_uneven_batches_whose_means_differ(kind, method):
 
 
 @METHODS
+def test_hundreds_of_batches(method):
+    """More than are merged at once; the last ones differ from the first."""
+    x = torch.randn(500, 3, dtype=torch.float64) + torch.linspace(0, 50, 500)[:, None]
+    layer = BatchNorm(3).double()
+    report = recalibrate(layer, x.split(3), method=method)
+    assert (report.batches, report.layers[0].values) == (167, 500)
+    torch.testing.assert_close(layer.running_mean, x.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(layer.running_var, x.var(0), rtol=1e-13, atol=0)
+
+
+@METHODS
 def test_a_short_loader_and_a_long_one(method):
     model, batches = network(), data().split(10)
     assert recalibrate(model, batches, method=method, max_batches=100).batches == 6

@@ -59,6 +59,26 @@ def pooled(rank, kind, method):
     return after, report.to_dict(), state(model)
 
 
+def trained_after(rank):
+    """What was pooled counts once when the processes' statistics are merged, some batches later."""
+    layer = BatchNorm(3, momentum=None).double()
+    recalibrate(layer, batches(rank), process_group="world")
+    for _ in range(rank + 1):
+        layer(torch.randn(4, 3, dtype=torch.float64))
+    sync_statistics(layer)
+    return state(layer)
+
+
+def apart_after(rank):
+    """Each recalibrates alone: nothing that they shared before is theirs any more."""
+    layer = BatchNorm(3, momentum=None).double()
+    layer(torch.randn(4, 3, dtype=torch.float64))
+    sync_statistics(layer)
+    recalibrate(layer, torch.randn(40, 3, dtype=torch.float64).split(4 + rank))
+    sync_statistics(layer)
+    return state(layer)
+
+
 def alone(rank, kind):
     """Without a group nobody waits for anybody, whatever layers share in training."""
     model = network(kind)
@@ -147,6 +167,8 @@ def work(rank, world, folder):
     for method in METHODS:
         results[f"parallel {method}"] = parallel(rank, method)
         results[f"some {method}"] = some_layers(rank, method)
+    for function in (trained_after, apart_after):
+        results[function.__name__] = function(rank)
     results["poisoned"] = poisoned(rank)
     for kind in ("method", "frozen on one", "nothing"):
         results[f"refused {kind}"] = refused(rank, kind)
@@ -204,6 +226,20 @@ def test_as_one_process_with_all_batches(results, kind, method):
             numbers = {name: value for name, value in expected.items() if name not in words}
             assert {name: got[name] for name in numbers} == pytest.approx(numbers, rel=1e-9)
         assert all(torch.equal(merged[name], after[name]) for name in after)
+
+
+def test_what_was_pooled_counts_once_in_later_merges(results):
+    world = len(results)
+    pooled = sum(BATCHES[:world])
+    for result in results:
+        total = result["trained_after"]["num_batches_tracked"]
+        assert total == pooled + sum(range(1, world + 1))
+
+
+def test_what_was_shared_before_is_forgotten(results):
+    counts = [-(-40 // (4 + rank)) for rank in range(len(results))]
+    for result in results:
+        assert result["apart_after"]["num_batches_tracked"] == sum(counts)
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -248,8 +248,9 @@ def test_what_is_not_finite_stays_out(method, make, poison):
     with pytest.warns(
         NonFiniteWarning,
         match=r"layer '1', BatchNorm.* in 2 of 3 channels \(1, 2\).* 1 channels had nothing else",
-    ):
+    ) as told:
         report = recalibrate(model, [good, bad], method=method)
+    assert told[0].filename == __file__
     every = torch.cat([good, bad])
     want = torch.stack([every[:, 0].mean(), good[:, 1].mean(), torch.tensor(7.0)])
     torch.testing.assert_close(model[1].running_mean, want)
@@ -279,6 +280,13 @@ def test_progress_is_told_after_each_batch():
     told.clear()
     recalibrate(model, iter(batches), max_batches=2, progress=lambda *done: told.append(done))
     assert told == [(1, None), (2, None)]
+
+
+def test_progress_knows_of_layers_that_are_not_reached():
+    told = []
+    batches = torch.randn(12, 3).split(6)
+    recalibrate(Unreached(), batches, method="layerwise", progress=lambda *done: told.append(done))
+    assert told == [(1, 8), (2, 8), (3, 6), (4, 6), (5, 6), (6, 6)]
 
 
 def test_the_report_as_json():

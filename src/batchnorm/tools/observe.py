@@ -18,9 +18,9 @@ from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.validation import check_tensors, check_weights
 
-See = Callable[[Any, Moments], None]
-"""Gets the moments of a call of a layer: of the layer itself or of its bank in use, the first
-argument. It is called before the layer computes anything."""
+See = Callable[[Any, Callable[[], Moments]], None]
+"""Gets what computes the moments of a call of a layer: of the layer itself or of its bank in use,
+the first argument. It is called before the layer computes anything."""
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def _look(name: str, see: See, layer: Any, args: Any, kwargs: Any) -> None:
         check_tensors(x, *running, None, None, False, mask, None, channel_dim)
         if mask is not None and select.concrete(mask):
             check_weights(mask)
-        see(keeper, _moments(x.detach(), mask, channel_dim))
+        see(keeper, partial(_moments, x.detach(), mask, channel_dim))
     except BatchNormError as error:
         if not error.located:
             error.args = (f"layer {name!r}, {type(layer).__name__}({layer.num_features}): {error}",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice, pairwise
@@ -63,8 +63,8 @@ class Walk:
         self.layerwise = method == "layerwise"
         self.sync, self.tell = sync, tell
         self.settled: set[Any] = set()
-        self.wanted: set[Any] = set()
-        self.seen: dict[Any, int] = {}
+        self.wanted: set[Any] = set()  # mutant: a type
+        self.seen: dict[Any, int] = {}  # mutant: a type
         self.passes = self.total_batches = 0
         self.batches_here: int | None = None
         # Which part comes right before which, in some batch.
@@ -104,16 +104,16 @@ class Walk:
                 self._run(parts)
             self._settle(parts)
 
-    def see(self, keeper: Any, moments: Moments) -> None:
+    def see(self, keeper: Any, compute: Callable[[], Moments]) -> None:
         """Called by each layer, before it computes anything."""
-        self.seen[keeper] = self.seen.get(keeper, 0) + 1
         if keeper in self.settled:
             return
+        moments = compute()
         count = float(moments.count)
-        part = self.parts[self.index[keeper]]
         if count == 0:  # nothing is no call
-            self.seen[keeper] -= 1
             return
+        self.seen[keeper] = self.seen.get(keeper, 0) + 1
+        part = self.parts[self.index[keeper]]
         if keeper in self.wanted:
             part.batches += self.seen[keeper] == 1
             part.take(moments)
@@ -158,13 +158,11 @@ class Walk:
 
     def _note(self) -> None:
         """The calls of a batch, in their order."""
-        if self.passes:
-            return
-        called = [(self.index[keeper], times) for keeper, times in self.seen.items() if times]
-        for index, times in called:
-            self.parts[index].calls = max(self.parts[index].calls, times)
-        for (one, _), (other, _) in pairwise(called):
-            self.before[one, other] = 1
+        for keeper, times in self.seen.items():
+            part = self.parts[self.index[keeper]]
+            part.calls = max(part.calls, times)
+        for one, other in pairwise(self.seen):
+            self.before[self.index[one], self.index[other]] = 1
 
     def _levels(self) -> list[list[Part]]:
         """Parts whose batches have passed everything that comes before them.

@@ -84,7 +84,7 @@ class Part:
         self.old = keeper.running_mean.detach().clone(), keeper.running_var.detach().clone()
         self.device = self.old[0].device
         self.calls = 0
-        self.clear()
+        self.clear()  # mutant: each pass begins with it
 
     def clear(self) -> None:
         """Nothing has come."""
@@ -99,7 +99,7 @@ class Part:
         """One call's."""
         self.waiting.append(moments)
         if len(self.waiting) >= AT_ONCE:
-            self.merge()
+            self.merge()  # mutant: only more memory without
 
     def merge(self) -> None:
         """Pool what has been taken since the last time; what is not finite stays out."""
@@ -122,7 +122,7 @@ class Part:
 
     def unpack(self, everyones: Tensor) -> None:
         """From the rows of all processes."""
-        everyones = everyones.to(self.device)
+        everyones = everyones.to(self.device)  # mutant: of a model on several devices
         self.batches, self.calls = int(everyones[:, 0].sum()), int(everyones[:, 1].max())
         *moments, refused = everyones[:, 2:].unflatten(1, (4, -1)).unbind(1)
         self.moments = Moments(*moments).merged()
@@ -177,7 +177,6 @@ class Part:
             stacklevel=3,
         )
 
-    @torch.no_grad()
     def write(self, *, shared: bool) -> None:
         """Into the layer; `shared`: on all processes."""
         mean, var, _ = self.new()
