@@ -327,7 +327,7 @@ def test_a_wrong_result_is_printed_in_the_place_of_the_ratio():
 
 
 def figure_of(rows, allocator="default"):
-    from batchnorm.lab.plots import style
+    from batchnorm.figures import style
 
     with style():
         figure = plots.ratios(merge.rows(rows), allocator)

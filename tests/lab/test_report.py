@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import lab_tiny
-from batchnorm import lab
+from batchnorm import figures, lab
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab import plots
 from batchnorm.lab.experiments import convergence
@@ -207,8 +207,8 @@ def test_summary_leaves_out_what_is_not_there():
 
 
 def test_figures_can_be_told_apart_without_colour():
-    assert len({str(look.dash) for look in plots.LOOKS}) == len(plots.LOOKS)
-    assert len({look.mark for look in plots.LOOKS}) == len(plots.LOOKS)
+    assert len({str(look.dash) for look in figures.LOOKS}) == len(figures.LOOKS)
+    assert len({look.mark for look in figures.LOOKS}) == len(figures.LOOKS)
 
 
 def test_censored_runs_are_open_marks_at_the_horizon():

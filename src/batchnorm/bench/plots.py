@@ -16,7 +16,7 @@ from batchnorm.bench.estimate import geometric_mean
 from batchnorm.bench.merge import Row, bytes_of
 from batchnorm.bench.peers import COPY, EAGER, OURS, PEERS
 from batchnorm.bench.report import title
-from batchnorm.lab.plots import INK, LOOKS, Look, style
+from batchnorm.figures import INK, LOOKS, Look, style
 
 #: Inches: three panels beside the names of cases.
 WIDTH = 8.0

@@ -1,28 +1,22 @@
 """The kinds of figure that experiments share; series differ in colour and, without it, in line.
 
-Colours are Okabe and Ito's, safe for colour-blind readers. Figures are drawn at the width of a
-phone and scaled up elsewhere, so their text is never smaller than drawn there.
+Figures are drawn at the width of a phone and scaled up elsewhere, so their text is never smaller
+than drawn there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-# The report swaps these two, and the colours of the series, for those of the reader's light or dark
-# page; nothing else in a figure may have them.
-INK, RULE = "#1b1f25", "#cfd4da"
+from batchnorm.figures import INK, LOOKS
 
 # Inches; at 72 points an inch, 374 points are about the text width of a phone.
 WIDTH = 5.2
@@ -30,60 +24,8 @@ WIDTH = 5.2
 BAND_ALPHA = 0.22
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one series is drawn everywhere."""
-
-    colour: str
-    dash: Any
-    mark: str
-
-
-# First series dashed vermillion with squares, second solid blue with circles, third dotted green.
-LOOKS = (
-    Look("#D55E00", (0, (5, 2)), "s"),
-    Look("#0072B2", "solid", "o"),
-    Look("#009E73", (0, (1, 1.5)), "^"),
-)
-
 Rows = Sequence[Sequence[float | None]]
 """One row a seed; None where there was no finite number."""
-
-
-@contextlib.contextmanager
-def style() -> Iterator[None]:
-    """Draw and save in the house style, whatever the user's matplotlibrc says."""
-    settings: dict[Any, Any] = {
-        "font.family": "sans-serif",
-        # SVG text stays text; a browser is offered these, and the first is what is measured.
-        "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
-        "font.size": 10,
-        "text.color": INK,
-        "axes.facecolor": "none",
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "legend.frameon": False,
-        "legend.handlelength": 3,
-        "lines.linewidth": 1.8,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "batchnorm",
-        "figure.constrained_layout.use": True,
-    }
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(settings)
-        yield
 
 
 def summary(rows: Rows) -> tuple[list[float], list[float], list[float]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jinja2
 
-from batchnorm.lab import plots, results
+from batchnorm import figures
+from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
 from batchnorm.lab.store import write_atomically
 from batchnorm.lab.verdict import Verdict
@@ -33,7 +34,7 @@ def build(directory: Path) -> Path:
     content = found.content
     verdict = {**content["findings"]["verdict"]}
     verdict["differences"] = tuple(verdict["differences"])
-    with plots.style():
+    with figures.style():
         pictures = found.experiment.figures(found.settings, found.runs)
         drawings = [_svg(picture) for picture in pictures]
         folder = directory / "figures"
@@ -48,7 +49,7 @@ def build(directory: Path) -> Path:
     html = page.render(
         **content,
         verdict=Verdict(**verdict),
-        looks=plots.LOOKS,
+        looks=figures.LOOKS,
         figures=[
             {"picture": picture, "svg": _inline(drawing, picture.name)}
             for picture, drawing in zip(pictures, drawings, strict=True)
@@ -99,8 +100,8 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    colours = {plots.INK: "ink", plots.RULE: "rule"}
-    colours |= {look.colour: f"series{i}" for i, look in enumerate(plots.LOOKS, start=1)}
+    colours = {figures.INK: "ink", figures.RULE: "rule"}
+    colours |= {look.colour: f"series{i}" for i, look in enumerate(figures.LOOKS, start=1)}
     for colour, variable in colours.items():
         svg = svg.replace(colour.lower(), f"var(--{variable})")
     # The page sets the size; the viewBox keeps the shape.

@@ -1,0 +1,67 @@
+"""How every figure looks. Colours are Okabe and Ito's, safe for colour-blind readers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+
+# The report swaps these two, and the colours of the series, for those of the reader's light or dark
+# page; nothing else in a figure may have them.
+INK, RULE = "#1b1f25", "#cfd4da"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn everywhere."""
+
+    colour: str
+    dash: Any
+    mark: str
+
+
+# First series dashed vermillion with squares, second solid blue with circles, third dotted green.
+LOOKS = (
+    Look("#D55E00", (0, (5, 2)), "s"),
+    Look("#0072B2", "solid", "o"),
+    Look("#009E73", (0, (1, 1.5)), "^"),
+)
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Draw and save in the house style, whatever the user's matplotlibrc says."""
+    settings: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        # SVG text stays text; a browser is offered these, and the first is what is measured.
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+        "font.size": 10,
+        "text.color": INK,
+        "axes.facecolor": "none",
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "legend.handlelength": 3,
+        "lines.linewidth": 1.8,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "batchnorm",
+        "figure.constrained_layout.use": True,
+    }
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
+        yield
