@@ -17,6 +17,7 @@ from batchnorm.moments import Moments as Moments
 from batchnorm.renorm import Renorm as Renorm
 from batchnorm.tools.accumulate import accumulate_statistics as accumulate_statistics
 from batchnorm.tools.bank import bank as bank
+from batchnorm.tools.checkpoint import inspect_checkpoint as inspect_checkpoint
 from batchnorm.tools.convert import convert as convert
 from batchnorm.tools.diagnose import diagnose as diagnose
 from batchnorm.tools.exchange import from_flax as from_flax

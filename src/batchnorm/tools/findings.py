@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from batchnorm.errors import ArgumentError
 
 SEVERITIES = ("error", "warning", "info")
 
@@ -19,6 +21,7 @@ CODES: dict[str, str] = {
     "BN106": "running statistics are in half precision",
     "BN107": "running statistics differ between processes",
     "BN108": "running statistics count more batches than came",
+    "BN109": "running mean and variance are no pair",
     "BN201": "momentum keeps the running statistics from averaging",
     "BN202": "bias right before batch normalization",
     "BN203": "dropout right before batch normalization",
@@ -32,6 +35,8 @@ CODES: dict[str, str] = {
     "BN303": "padding is in the statistics",
     "BN304": "channels have died",
     "BN305": "input is not finite",
+    "BN306": "variance of the input is below ε",
+    "BN307": "mean of the input is far above its standard deviation",
 }
 
 
@@ -158,3 +163,19 @@ class Diagnosis:
 def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
     """The most severe first; else as they come."""
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def check_codes(ignore: Collection[str]) -> frozenset[str]:
+    """The codes to be left out.
+
+    Raises:
+        ArgumentError: one of them is no code.
+    """
+    codes = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    for code in codes:
+        if code not in CODES:
+            raise ArgumentError(
+                f"expected codes of findings, such as 'BN202', in ignore, got {code!r}; they are "
+                f"{', '.join(CODES)}"
+            )
+    return frozenset(codes)
