@@ -1,0 +1,151 @@
+"""`batchnorm lab`: list, run, report."""
+
+# No `from __future__ import annotations`: the commands are defined inside a function, and typer
+# could not look up the names in their annotations afterwards.
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from batchnorm.cli.printing import print_table, print_text
+from batchnorm.cli.status import INTERRUPTED
+
+# The experiment of `lab run` without a name.
+MAIN_EXPERIMENT = "convergence"
+
+OUT = Path("batchnorm-lab")
+
+
+def add(lab_app: typer.Typer) -> None:
+    """Add the commands."""
+
+    @lab_app.command("list")
+    def list_experiments() -> None:
+        """List the experiments: the claim that each one tests, and who made it."""
+        from batchnorm import lab
+
+        rows = [(e.name, e.claim, e.source) for e in lab.discover().values()]
+        print_table(Console(), ("name", "claim", "paper"), rows)
+
+    @lab_app.command("run")
+    def run(
+        names: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="NAME",
+                help=f"Experiments to run, as `batchnorm lab list` names them; {MAIN_EXPERIMENT} "
+                "if none is named.",
+            ),
+        ] = None,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help=f"Where the results go; {OUT}/NAME if not given, with the profile, the data "
+                "file and the seeds added where they are not the plain ones (such as "
+                f"{OUT}/NAME-full-wine-3-seeds). Several experiments get a directory each below "
+                "DIR.",
+            ),
+        ] = None,
+        seeds: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                metavar="N",
+                help="Paired seeds to base the verdict on; the profile's own number if not given.",
+            ),
+        ] = None,
+        profile: Annotated[
+            str,
+            typer.Option(
+                metavar="quick|full",
+                help="quick takes a minute; full, a finer and longer sweep, about seven on 2 cores "
+                "(an estimate from single runs).",
+            ),
+        ] = "quick",
+        data: Annotated[
+            str,
+            typer.Option(
+                metavar="digits|PATH",
+                help="scikit-learn's handwritten digits, or an .npz file with arrays x (rows "
+                "first) and y (whole-number classes). The columns of a 2-D x are scaled one by "
+                "one, an x of more dimensions as a whole.",
+            ),
+        ] = "digits",
+        jobs: Annotated[
+            int | None,
+            typer.Option(
+                min=1, metavar="N", help="Processes to train in; one a core if not given."
+            ),
+        ] = None,
+    ) -> None:
+        """Run experiments: train, judge each claim, write a report.
+
+        Ctrl-C loses no finished training run. The same command goes on where it stopped.
+        """
+        from batchnorm import lab
+        from batchnorm.lab.progress import watch
+        from batchnorm.lab.words import counted
+
+        names = names or [MAIN_EXPERIMENT]
+        for name in names:
+            lab.find(name)
+        for name in names:
+            if out:
+                directory = out if len(names) == 1 else out / name
+            else:
+                directory = OUT / lab.default_directory(
+                    name, profile=profile, seeds=seeds, data=data
+                )
+            try:
+                with watch(Console(stderr=True)) as progress:
+                    found = lab.run(
+                        name,
+                        directory,
+                        profile=profile,
+                        seeds=seeds,
+                        data=data,
+                        jobs=jobs or -1,
+                        progress=progress,
+                    )
+            except KeyboardInterrupt:
+                kept = len(list((directory / lab.RUNS).glob("*.json")))
+                print_text(
+                    Console(stderr=True),
+                    f"Stopped. {counted(kept, 'finished run')} kept in {directory / lab.RUNS}. "
+                    f"To go on from there:\n  {shlex.join(['batchnorm', *sys.argv[1:]])}",
+                )
+                raise typer.Exit(INTERRUPTED) from None
+            _print_findings(Console(), found.content)
+            print_text(Console(), f"Report: {directory / 'report.html'}")
+
+    @lab_app.command("report")
+    def report(
+        directory: Annotated[
+            Path,
+            typer.Argument(metavar="DIR", help="What `lab run` has filled, or its results.json."),
+        ],
+    ) -> None:
+        """Make report.html and the figures again, from results.json alone."""
+        from batchnorm import lab
+
+        print_text(Console(), f"Report: {lab.write_report(directory)}")
+
+
+def _print_findings(console: Any, content: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    findings = content["findings"]
+    table, verdict = findings["table"], findings["verdict"]
+    colour = {"reproduced": "green", "contradicted": "red"}.get(verdict["outcome"], "yellow")
+    console.print()
+    console.print(Text(content["experiment"]["claim"], style="bold"))
+    print_table(console, table["columns"], table["rows"])
+    console.print(Text(verdict["outcome"].upper(), style=f"bold {colour}"))
+    for line in (findings["summary"], verdict["sentence"], *findings["caveats"]):
+        console.print(line, highlight=False, markup=False)
+    console.print()
