@@ -143,6 +143,6 @@ def test_a_missing_extra_is_named_with_the_remedy(module, arguments, remedy):
 
 
 def test_importing_batchnorm_imports_no_extra():
-    extras = ("typer", "rich", "joblib", "matplotlib", "sklearn", "jinja2")
+    extras = ("typer", "rich", "joblib", "matplotlib", "sklearn", "jinja2", "safetensors")
     code = f"import sys, batchnorm; print([m for m in {extras} if m in sys.modules])"
     assert finish(start(code=code)) == (0, "[]\n", "")

@@ -36,6 +36,7 @@ PUBLIC = {
     "from_flax",
     "from_keras",
     "param_groups",
+    "inspect_checkpoint",
     "pause_statistics",
     "revert",
     "recalibrate",
@@ -92,7 +93,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"numpy", "typer", "rich", "joblib", "matplotlib", "sklearn",
-                                  "jinja2", "click", "scipy"}:
+                                  "jinja2", "click", "scipy", "safetensors"}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
 import torch

@@ -73,6 +73,10 @@ def test_variance_zero_or_negative(inspect):
     found = inspect(state(a=statistics(running_var=zero)))
     assert said(found) == [("BN104", "warning", "a")]
     assert found.findings[0].evidence["zero"]["channels"] == 2
+    # Where nothing but zeros came, as behind a ReLU that is never on, the mean is zero, too.
+    mean = with_value(torch.randn(16), [2, 7], 0)
+    found = inspect(state(a=statistics(running_var=zero, running_mean=mean)))
+    assert said(found) == [("BN104", "info", "a")]
     found = inspect(state(a=statistics(running_var=torch.zeros(16))))
     assert said(found) == [("BN104", "error", "a")]
     # With γ = 0 nothing comes of it.

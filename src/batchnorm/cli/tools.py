@@ -107,7 +107,6 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         from torch import nn
 
-        from batchnorm.tools.diagnose import diagnose
         from batchnorm.tools.plot import check_file, drift
 
         codes = _checked(json, fail_on, ignore)
@@ -121,6 +120,8 @@ def add(app: typer.Typer) -> None:
             )
         batches = load(data, "--data")
         used = load(optimizer, "--optimizer", net) if optimizer else None
+        from batchnorm.tools.diagnose import diagnose
+
         try:
             diagnosis = diagnose(
                 net, batches, max_batches=max_batches, optimizer=used, ignore=codes

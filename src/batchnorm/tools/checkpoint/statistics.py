@@ -47,7 +47,7 @@ def statistics(layer: Kept, name: str, *, from_one: bool) -> Iterator[Finding]:
     if bool(sick.any()):
         yield _nonfinite(name, mean, var, sick)
     if bool((var <= 0).any()):
-        yield _no_variance(layer, name, var)
+        yield _no_variance(layer, name, mean, var)
     if never_updated(layer):
         yield _never_updated(layer, name)
         return
@@ -108,7 +108,7 @@ def _nonfinite(name: str, mean: Tensor, var: Tensor, sick: Tensor) -> Finding:
     )
 
 
-def _no_variance(layer: Kept, name: str, var: Tensor) -> Finding:
+def _no_variance(layer: Kept, name: str, mean: Tensor, var: Tensor) -> Finding:
     negative, zero = var < 0, var == 0
     evidence = {"negative": which(negative), "zero": which(zero), "lowest": number(var.min())}
     if bool(negative.any()):
@@ -121,22 +121,23 @@ def _no_variance(layer: Kept, name: str, var: Tensor) -> Finding:
             evidence,
             f"{_ANEW}.",
         )
-    gamma = None if layer.weight is None else layer.weight.double()[zero].abs()
-    severity, why = (
-        "warning",
-        f"what moves there in evaluation is multiplied by γ/√ε, {EPS**-0.5:.0f} γ",
-    )
-    if gamma is not None and bool((gamma <= DEAD_AT_ALL).all()):
+    ones = torch.ones_like(var)
+    gamma = ones if layer.weight is None else layer.weight.double().abs()
+    severity, why = "warning", f"what moves there in evaluation comes out {EPS**-0.5:.0f} γ times"
+    if bool((gamma[zero] <= DEAD_AT_ALL).all()):
         severity, why = "info", "of no consequence, γ is zero there"
     elif var.numel() > 1 and bool(zero.all()):
         severity = "error"
+    elif not mean[zero].any():
+        severity, why = "info", f"and so is the mean: nothing but zeros came there; {why}"
     return Finding(
         "BN104",
         severity,
         name,
         f"running variance is zero in {said(zero)}: {why}",
         evidence,
-        "These channels were constant in training: remove them, or find what feeds them nothing. "
+        "Such channels were constant in training, as behind a ReLU that is never on: prune "
+        "them, or find what feeds them nothing. "
         f"Buffers that began at zero: {_ANEW}.",
     )
 
