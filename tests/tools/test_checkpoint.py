@@ -53,9 +53,9 @@ def test_not_finite(inspect):
     assert said(found) == [("BN103", "error", "b")]
     evidence = found.findings[0].evidence
     assert evidence == {
-        "channels": 3,
+        "channels": [3, 5, 9],
+        "number": 3,
         "of": 16,
-        "first": [3, 5, 9],
         "running_mean": {"nan": 2, "infinite": 0},
         "running_var": {"nan": 0, "infinite": 2},
     }
@@ -68,11 +68,11 @@ def test_variance_zero_or_negative(inspect):
     found = inspect(state(a=statistics(running_var=negative)))
     assert said(found) == [("BN104", "error", "a")]
     assert found.findings[0].evidence["lowest"] == pytest.approx(-1e-3)
-    assert found.findings[0].evidence["negative"]["first"] == [2]
+    assert found.findings[0].evidence["negative"]["channels"] == [2]
     zero = with_value(healthy, [2, 7], 0)
     found = inspect(state(a=statistics(running_var=zero)))
     assert said(found) == [("BN104", "warning", "a")]
-    assert found.findings[0].evidence["zero"]["channels"] == 2
+    assert found.findings[0].evidence["zero"]["number"] == 2
     # Where nothing but zeros came, as behind a ReLU that is never on, the mean is zero, too.
     mean = with_value(torch.randn(16), [2, 7], 0)
     found = inspect(state(a=statistics(running_var=zero, running_mean=mean)))
@@ -172,7 +172,7 @@ def test_dead_channels(inspect):
     one = with_value(torch.ones(16), [4], 0)
     found = inspect(state(a=statistics(weight=one)))
     assert said(found) == [("BN304", "info", "a")]
-    assert found.findings[0].evidence["first"] == [4]
+    assert found.findings[0].evidence["channels"] == [4]
     assert found.findings[0].evidence["gamma_zero"] == 1
     # What weight decay leaves; and constant inputs: from a quarter of the channels on.
     for name in ("weight", "running_var"):
@@ -192,7 +192,7 @@ def test_inputs_below_eps_and_far_from_zero(inspect):
     found = inspect(state(a=statistics(running_mean=far, running_var=torch.full((16,), 4.0))))
     assert said(found) == [("BN307", "warning", "a")]
     evidence = found.findings[0].evidence
-    assert evidence["first"] == [7]
+    assert evidence["channels"] == [7]
     assert evidence["most_mean_over_sigma"] == pytest.approx(5e5, rel=1e-4)
     assert evidence["rounding_in_sigma"] == pytest.approx(5e5 * 2.0**-24, rel=1e-4)
     # What float32 rounds by less than 0.005 σ is no news.
@@ -256,3 +256,5 @@ def test_codes_are_ignored(inspect):
     assert not inspect(content, ignore=("BN103",)).findings
     with pytest.raises(ArgumentError, match="got 'BN999'"):
         inspect(content, ignore=("BN999",))
+    with pytest.raises(ArgumentError, match="got 'BN103'"):
+        inspect(content, ignore="BN103")

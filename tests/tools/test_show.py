@@ -32,7 +32,7 @@ DIAGNOSED = Diagnosis(
         found("BN201", "warning", ""),
     ),
     layers=(
-        layer("stem.bn", updates=1000, mean_drift=0.01, var_drift=0.0123, gap=0.001, repair=-0.002),
+        layer("stem.bn", updates=1000, mean_drift=0.01, var_drift=0.0123, gap=0.001, repair=-0.02),
         layer("blocks.1.bn", updates=None, mean_drift=2.1, var_drift=0.5, gap=0.7, repair=0.65),
     ),
     gap=Gap(0.83, 0.021, 0.05, 1),
@@ -53,8 +53,8 @@ def test_everything_is_there_in_order():
         "the model: it is wrong, by 0.5 σ → Mend it.",
         "INFO BN202 bias right before",
         "channels updates drift drift gap repair layer",
-        "i 64 1000 0.010 0.012 0.001 -0.002 stem.bn BN202",
-        "E 64 - 2.100 0.500 0.700 0.650 blocks.1.bn BN101",
+        "i 64 1000 0.010 0.012 0.001 -2% stem.bn BN202",
+        "E 64 - 2.100 0.500 0.700 65% blocks.1.bn BN101",
         "The optimizer was not given",
     ]
     places = [words.index(part) for part in expected]

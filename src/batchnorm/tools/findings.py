@@ -169,13 +169,12 @@ def check_codes(ignore: Collection[str]) -> frozenset[str]:
     """The codes to be left out.
 
     Raises:
-        ArgumentError: one of them is no code.
+        ArgumentError: one of them is no code; or it is one string, not a collection of them.
     """
-    codes = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    for code in codes:
-        if code not in CODES:
-            raise ArgumentError(
-                f"expected codes of findings, such as 'BN202', in ignore, got {code!r}; they are "
-                f"{', '.join(CODES)}"
-            )
-    return frozenset(codes)
+    wrong = [ignore] if isinstance(ignore, str) else [code for code in ignore if code not in CODES]
+    if wrong:
+        raise ArgumentError(
+            f"expected codes of findings, such as ('BN202',), got {wrong[0]!r}; they are "
+            f"{', '.join(CODES)}"
+        )
+    return frozenset(ignore)

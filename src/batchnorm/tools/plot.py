@@ -113,7 +113,7 @@ def _figure(diagnosis: Diagnosis) -> Figure:
 
     layers = diagnosis.layers
     row, points = ROOMY if len(layers) <= FEW else DENSE
-    attributed = any(_shown(layer.gap) or _shown(layer.repair) for layer in layers)
+    attributed = any(_shown(layer.gap) or _shown(_gone(diagnosis, layer)) for layer in layers)
     figure = Figure((WIDTH + WIDER * attributed, 1.5 + row * max(len(layers), 3)))
     panels = figure.subplots(
         1, 1 + attributed, sharey=True, squeeze=False, width_ratios=[2, 1][: 1 + attributed]
@@ -121,7 +121,7 @@ def _figure(diagnosis: Diagnosis) -> Figure:
     worst = _worst(diagnosis)
     _drifts(panels[0], layers, worst)
     if attributed:
-        _attribution(panels[1], layers, worst)
+        _attribution(panels[1], diagnosis, worst)
     axes = panels[0]
     axes.set_yticks(range(len(layers)), _labels(layers, worst), fontsize=points)
     for label, layer in zip(axes.get_yticklabels(), layers, strict=True):
@@ -166,12 +166,13 @@ def _drifts(axes: Axes, layers: Sequence[LayerReport], worst: dict[str, str]) ->
     _legend(axes, f"filled: {' or '.join(names)}" if names else "")
 
 
-def _attribution(axes: Axes, layers: Sequence[LayerReport], worst: dict[str, str]) -> None:
+def _attribution(axes: Axes, diagnosis: Diagnosis, worst: dict[str, str]) -> None:
     from batchnorm.figures import LOOKS, Look
 
+    layers = diagnosis.layers
     series: list[tuple[str, _Get, Any]] = [
         ("from this layer alone", lambda layer: layer.gap, Look("#000000", "solid", "D")),
-        ("gone if it is repaired", lambda layer: layer.repair, LOOKS[2]),
+        ("gone if it is repaired", lambda layer: _gone(diagnosis, layer), LOOKS[2]),
     ]
     known = [
         float(value)
@@ -249,6 +250,13 @@ def _title(diagnosis: Diagnosis) -> str:
         return "Running statistics and those of the data"
     left = "" if gap.recalibrated is None else f", {gap.recalibrated:.2g} with exact statistics"
     return f"Gap between train() and eval(): {gap.value:.2g} ± {gap.error:.1g}{left}"
+
+
+def _gone(diagnosis: Diagnosis, layer: LayerReport) -> float | None:
+    """What of the gap repairing a layer would take away, in the gap's own unit."""
+    if diagnosis.gap is None or layer.repair is None:
+        return None
+    return layer.repair * diagnosis.gap.value
 
 
 def _shown(value: float | None) -> bool:

@@ -44,7 +44,7 @@ _COLUMNS: tuple[tuple[str, str, _Value, Callable[[Any], str]], ...] = (
     ("mean", "drift", lambda layer: layer.mean_drift, _ratio),
     ("var", "drift", lambda layer: layer.var_drift, _ratio),
     ("", "gap", lambda layer: layer.gap, _ratio),
-    ("", "repair", lambda layer: layer.repair, _ratio),
+    ("", "repair", lambda layer: layer.repair, "{:.0%}".format),
 )
 
 #: Columns that say nothing where every layer has the same.
@@ -54,7 +54,7 @@ _LEGEND = {
     "drift": "mean drift: |running − data| / σ of the data, var drift: |ln(running / data)|, root "
     "mean square over channels.",
     "gap": "gap: if this layer alone normalised by its running statistics.",
-    "repair": "repair: how much of the gap goes if this layer alone normalises by the batch.",
+    "repair": "repair: how much of the whole gap goes if this layer alone normalises by the batch.",
 }
 
 

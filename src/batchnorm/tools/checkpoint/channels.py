@@ -11,9 +11,9 @@ MOMENTUM, EPS = 0.1, 1e-5
 
 
 def which(mask: Tensor) -> dict[str, Any]:
-    """How many channels, and the first of them."""
-    first = mask.nonzero().flatten()[:16].tolist()
-    return {"channels": int(mask.sum()), "of": mask.numel(), "first": first}
+    """The first of the channels, their number, and of how many."""
+    first = mask.nonzero().flatten()[:20].tolist()
+    return {"channels": first, "number": int(mask.sum()), "of": mask.numel()}
 
 
 def said(mask: Tensor) -> str:
