@@ -1,4 +1,4 @@
-"""The how-to pages: their code runs as it stands, their links lead somewhere."""
+"""The how-to pages and those of findings: their code runs as it stands, links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 
 from processes import launch
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "how-to"
-PAGES = sorted(FOLDER.glob("*.md"))
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+FOLDER = DOCS / "how-to"
+PAGES = sorted([*FOLDER.glob("*.md"), *DOCS.glob("findings/*.md")])
 
 
 #: What a page's code imports besides torch.
@@ -54,7 +55,7 @@ def test_code_for_several_processes_runs(tmp_path):
     assert status == 0, output
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("https://"):
