@@ -71,7 +71,9 @@ def began_at_one(layers: Sequence[Kept], updates: int) -> bool:
     left = (1 - MOMENTUM) ** updates
     # 1 %: half precision rounds the variances, too.
     return not any(
-        bool((layer.var < 0.99 * left).any()) for layer in layers if layer.var is not None
+        bool(((layer.var >= 0) & (layer.var < 0.99 * left)).any())
+        for layer in layers
+        if layer.var is not None
     )
 
 
