@@ -62,6 +62,18 @@ def test_not_finite(inspect):
     assert "3 of 16 channels (3, 5, 9)" in found.findings[0].message
 
 
+def test_channels_are_said_as_one_says_them(inspect):
+    for mean, words in (
+        (torch.tensor([math.nan]), "in the only channel:"),
+        (torch.full((4,), math.nan), "in all 4 channels:"),
+        (with_value(torch.randn(4), [1], math.nan), "in 1 of 4 channels (1):"),
+        (with_value(torch.randn(16), range(9), math.nan), "channels (0, 1, 2, 3, 4, 5, …):"),
+    ):
+        layer = statistics(len(mean), running_mean=mean)
+        (message,) = [f.message for f in inspect(state(a=layer)).findings if f.code == "BN103"]
+        assert words in message
+
+
 def test_variance_zero_or_negative(inspect):
     healthy = torch.rand(16) + 0.5
     negative = with_value(healthy, [2], -1e-3)

@@ -60,6 +60,10 @@ def test_values_are_where_they_belong():
             for row, layer in enumerate(given.layers)
         }
     assert left.get_xscale() == "log"
+    # Beside the whole gap, which is not beyond the edge.
+    (whole,) = [line for line in right.lines if line.get_label() == "the whole gap"]
+    assert list(whole.get_xdata()) == [0.8, 0.8]
+    assert right.get_xlim()[1] > 0.8
     labels = [label.get_text() for label in left.get_yticklabels()]
     assert labels[:2] == ["layer0.bn", "E  layer1.bn"]
     assert labels[4:] == ["W  layer4.bn", "layer5.bn"]

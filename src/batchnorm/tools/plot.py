@@ -71,7 +71,7 @@ def drift(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> None:
     One row a layer, in the order of the model. Left: `mean_drift` (in σ of the data) and
     `var_drift` (of ln variance); marks are filled where an error or a warning names the layer.
     Right, where it is known: what the layer alone contributes to the gap between
-    training and evaluation, and what repairing it alone would take away.
+    training and evaluation, and what repairing it alone would take away, beside the whole gap.
 
     Args:
         diagnosis: by `diagnose`: `inspect_checkpoint` knows nothing of the data.
@@ -180,12 +180,16 @@ def _attribution(axes: Axes, diagnosis: Diagnosis, worst: dict[str, str]) -> Non
         for layer in layers
         if _shown(value := get(layer)) and value is not None and math.isfinite(value)
     ]
-    low, high = min([0.0, *known]), max([0.0, *known])
+    # Beside the whole, or what is next to nothing would look large.
+    whole = 0.0 if diagnosis.gap is None else diagnosis.gap.value
+    low, high = min([0.0, *known]), max([whole if math.isfinite(whole) else 0.0, *known])
     room = 0.08 * ((high - low) or 1)
     limits = (low - room, high + room)
     for label, get, look in series:
         _marks(axes, layers, worst, get, look, limits, label)
     axes.axvline(0, color=_ink(), linewidth=0.9, zorder=0)
+    if whole:
+        axes.axvline(whole, color=_ink(), linewidth=1.2, linestyle=":", label="the whole gap")
     axes.set(xlim=limits, xlabel="gap")
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
