@@ -195,6 +195,15 @@ def test_dead_channels(inspect):
     assert said(found) == [("BN304", "warning", "a")]
 
 
+def test_gamma_that_is_no_number_is_a_note(inspect):
+    found = inspect(state(a=statistics(weight=with_value(torch.ones(16), [3], math.nan))))
+    assert not found.findings
+    assert "a: γ is not finite in 1 of 16 channels (3): training has diverged." in found.notes
+    # And does not hide what else there is: a quarter of the channels is dead.
+    gamma = with_value(with_value(torch.ones(16), [3], math.nan), range(4, 8), 1e-20)
+    assert said(inspect(state(a=statistics(weight=gamma)))) == [("BN304", "info", "a")]
+
+
 def test_inputs_below_eps_and_far_from_zero(inspect):
     small = torch.full((16,), 1e-7) * (1 + torch.rand(16))
     found = inspect(state(a=statistics(running_var=small, running_mean=torch.zeros(16))))

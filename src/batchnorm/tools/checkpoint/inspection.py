@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import groupby
 
 import torch
 
+from batchnorm.tools.checkpoint.channels import said
 from batchnorm.tools.checkpoint.inputs import inputs
 from batchnorm.tools.checkpoint.kept import Kept, read
 from batchnorm.tools.checkpoint.statistics import began_at_one, never_updated, statistics
@@ -87,6 +88,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, ignore: Collection[str] 
             findings += statistics(layer, named(layer), from_one=from_one[layer.updates])
             if not never_updated(layer):
                 findings += inputs(layer, named(layer))
+            notes += [f"{named(layer)}: {text}" for text in _diverged(layer)]
         found, note = counters(of_one[0].place, of_one, named)
         findings += found
         notes += [note] if note else []
@@ -96,6 +98,13 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, ignore: Collection[str] 
         layers=tuple(_report(layer, named(layer)) for layer in layers),
         notes=(*notes, _UNKNOWN if layers else _NONE),
     )
+
+
+def _diverged(layer: Kept) -> Iterator[str]:
+    """Of parameters that are lost; no finding, for they are no matter of batch normalization."""
+    for letter, tensor in (("γ", layer.weight), ("β", layer.bias)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            yield f"{letter} is not finite in {said(~tensor.isfinite())}: training has diverged."
 
 
 def _report(layer: Kept, name: str) -> LayerReport:

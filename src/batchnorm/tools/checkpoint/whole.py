@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from batchnorm.tools.findings import Finding
 MULTIPLE_OF = 10
 
 
-def counters(place: str, layers: Sequence[Kept], named: Callable[[Kept], str]) -> Any:
+def counters(
+    place: str, layers: Sequence[Kept], named: Callable[[Kept], str]
+) -> tuple[list[Finding], str | None]:
     """Layers that count a whole multiple of what most do; and a note if they differ otherwise."""
     counted = [layer for layer in layers if layer.updates and ".banks." not in layer.name]
     if not counted:
