@@ -186,11 +186,15 @@ def test_dead_channels(inspect):
     assert said(found) == [("BN304", "info", "a")]
     assert found.findings[0].evidence["channels"] == [4]
     assert found.findings[0].evidence["gamma_zero"] == 1
+    assert "(γ is zero in 1)" in found.findings[0].message
     # What weight decay leaves; and constant inputs: from a quarter of the channels on.
     for name in ("weight", "running_var"):
         for count in (3, 4):
             tiny = with_value(torch.ones(16), range(count), 1e-20)
-            assert len(inspect(state(a=statistics(**{name: tiny}))).findings) == (count == 4)
+            found = inspect(state(a=statistics(**{name: tiny})))
+            assert len(found.findings) == (count == 4)
+        why = {"weight": "γ is next to zero in 4", "running_var": "hardly any variance or γ in 4"}
+        assert f"({why[name]})" in found.findings[0].message
     found = inspect(state(a=statistics(weight=torch.full((16,), 1e-9))))
     assert said(found) == [("BN304", "warning", "a")]
 

@@ -101,6 +101,21 @@ def test_tensors_that_are_no_numbers_are_noted(tmp_path):
         assert found.notes[0].startswith("a: ")
 
 
+def test_a_file_that_nests_without_end_is_no_trap(model):
+    """Too deep for pickle to write, but a hostile file may have it; and circles."""
+    from batchnorm.tools.checkpoint.kept import _state_dicts
+
+    content = circle = [model.state_dict()]
+    for _ in range(100_000):
+        content = [content]
+    circle.append(circle)
+    assert list(_state_dicts(content)) == []
+    assert [place for place, _ in _state_dicts(circle)] == ["0"]
+    while content is not circle:  # or freeing it all at once would be the trap
+        (content,) = content
+    circle.clear()
+
+
 def test_settings_beside_the_weights_are_passed_over(model, tmp_path):
     content = {
         "state_dict": model.state_dict(),

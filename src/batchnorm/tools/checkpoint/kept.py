@@ -14,6 +14,9 @@ from batchnorm.errors import InputError
 from batchnorm.tools.checkpoint.keys import BIAS, COUNT, MEAN, VAR, WEIGHT, join, prefixes
 from batchnorm.tools.checkpoint.load import load
 
+#: Nested containers that are looked into: more than anybody has, and few enough to write down.
+DEEPEST = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -71,11 +74,11 @@ def read(path: str | os.PathLike[str]) -> tuple[list[Kept], list[str]]:
 
 def _state_dicts(root: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """All dictionaries with running statistics in them, and where they are."""
-    waiting: list[tuple[str, Any]] = [("", root)]
+    waiting: list[tuple[str, int, Any]] = [("", 0, root)]
     seen: set[int] = set()
     while waiting:  # no recursion, which a hostile file could make too deep
-        place, node = waiting.pop()
-        if id(node) in seen:
+        place, depth, node = waiting.pop()
+        if id(node) in seen or depth > DEEPEST:
             continue
         seen.add(id(node))
         items = node.items() if isinstance(node, Mapping) else enumerate(node)
@@ -84,7 +87,7 @@ def _state_dicts(root: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
             if isinstance(value, Tensor):
                 tensors[str(key)] = value
             elif isinstance(value, (Mapping, list, tuple)):
-                deeper.append((join(place, str(key)), value))
+                deeper.append((join(place, str(key)), depth + 1, value))
         if prefixes(tensors):
             yield place, tensors
         waiting.extend(reversed(deeper))

@@ -216,7 +216,7 @@ def _load_shards(path: Path) -> dict[str, Any]:
         files = dict.fromkeys(parts[key] for key in of_batch_norms(parts, parts))
         if any(Path(name).name != name or name.endswith(".json") for name in files):
             raise ValueError("its parts are no files beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(
             path, error, "an index of a sharded checkpoint, with a weight_map"
         ) from error
