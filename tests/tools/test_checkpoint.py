@@ -80,7 +80,8 @@ def test_variance_zero_or_negative(inspect):
     found = inspect(state(a=statistics(running_var=negative)))
     assert said(found) == [("BN104", "error", "a")]
     assert found.findings[0].evidence["lowest"] == pytest.approx(-1e-3)
-    assert found.findings[0].evidence["negative"]["channels"] == [2]
+    assert found.findings[0].evidence["negative"] == {"channels": [2], "number": 1, "of": 16}
+    assert found.findings[0].evidence["zero"]["number"] == 0
     zero = with_value(healthy, [2, 7], 0)
     found = inspect(state(a=statistics(running_var=zero)))
     assert said(found) == [("BN104", "warning", "a")]
@@ -95,6 +96,7 @@ def test_variance_zero_or_negative(inspect):
     gamma = with_value(torch.ones(16), [2, 7], 0)
     found = inspect(state(a=statistics(running_var=zero, weight=gamma)))
     assert said(found)[0] == ("BN104", "info", "a")
+    assert "of no consequence" in found.findings[0].message
 
 
 @pytest.mark.parametrize("make", [BatchNorm, nn.BatchNorm1d], ids=["ours", "torch"])
@@ -125,7 +127,12 @@ def test_few_updates(inspect, updates):
         model(torch.randn(8, 4))
     found = inspect(model.state_dict())
     assert said(found) == [("BN102", "warning", "1")]
-    assert found.findings[0].evidence["initial_share"] == pytest.approx(0.9**updates)
+    assert found.findings[0].evidence == {
+        "updates": updates,
+        "assumed_momentum": 0.1,
+        "initial_share": pytest.approx(0.9**updates),
+    }
+    assert found.findings[0].message.startswith(f"{updates} update{'s' * (updates > 1)}: ")
     for _ in range(29 - updates):
         model(torch.randn(8, 4))
     assert not inspect(model.state_dict()).findings
@@ -159,9 +166,16 @@ def test_half_precision(inspect, dtype, again):
     mean, var = (content[f"0.running_{k}"].double().numpy() for k in ("mean", "var"))
     half_step = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     rounding = (np.abs(mean) / np.sqrt(var + 1e-5)).max() * half_step
-    assert evidence["rounding_in_sigma"] == pytest.approx(rounding)
-    assert evidence["stall_in_sigma"] == pytest.approx(10 * rounding)
-    assert evidence["dtype"] == str(dtype).removeprefix("torch.")
+    short = str(dtype).removeprefix("torch.")
+    assert evidence == {
+        "dtype": short,
+        "stored": "float32" if again else short,
+        "rounding_in_sigma": pytest.approx(rounding),
+        "stall_in_sigma": pytest.approx(10 * rounding),
+        "channel": int((np.abs(mean) / np.sqrt(var + 1e-5)).argmax()),
+        "assumed_momentum": 0.1,
+    }
+    assert ("are in" in found.findings[0].message) != again
     # The same around zero does no harm.
     content["0.running_mean"] = (content["0.running_mean"] - 100).to(dtype)
     assert {f.severity for f in inspect(content).findings} <= {"info"}
@@ -184,8 +198,16 @@ def test_dead_channels(inspect):
     one = with_value(torch.ones(16), [4], 0)
     found = inspect(state(a=statistics(weight=one)))
     assert said(found) == [("BN304", "info", "a")]
-    assert found.findings[0].evidence["channels"] == [4]
-    assert found.findings[0].evidence["gamma_zero"] == 1
+    evidence = dict(found.findings[0].evidence)
+    assert evidence.pop("lowest_variance") > 0.5
+    assert evidence == {
+        "channels": [4],
+        "number": 1,
+        "of": 16,
+        "gamma_zero": 1,
+        "lowest_gamma": 0.0,
+        "assumed_eps": 1e-5,
+    }
     assert "(γ is zero in 1)" in found.findings[0].message
     # What weight decay leaves; and constant inputs: from a quarter of the channels on.
     for name in ("weight", "running_var"):
@@ -212,7 +234,15 @@ def test_inputs_below_eps_and_far_from_zero(inspect):
     small = torch.full((16,), 1e-7) * (1 + torch.rand(16))
     found = inspect(state(a=statistics(running_var=small, running_mean=torch.zeros(16))))
     assert said(found) == [("BN306", "info", "a")]
-    assert found.findings[0].evidence["median_variance"] == pytest.approx(float(small.median()))
+    assert found.findings[0].evidence == {
+        "channels": list(range(16)),
+        "number": 16,
+        "of": 16,
+        "median_variance": pytest.approx(float(small.median())),
+        "assumed_eps": 1e-5,
+    }
+    share = float((small.median() / (small.median() + 1e-5)).sqrt())
+    assert f"spread is {share:.0%} of γ" in found.findings[0].message
     far = with_value(torch.randn(16), [7], -1e6)
     found = inspect(state(a=statistics(running_mean=far, running_var=torch.full((16,), 4.0))))
     assert said(found) == [("BN307", "warning", "a")]
