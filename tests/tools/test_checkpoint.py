@@ -112,7 +112,7 @@ def test_never_updated(inspect, make):
     # A counter that says something else.
     model[1].num_batches_tracked.fill_(7)
     found = inspect(model.state_dict())
-    assert said(found)[1] == ("BN105", "error", "1")
+    assert said(found) == [("BN105", "error", "0"), ("BN105", "error", "1")]
     assert found.findings[1].evidence == {"updates": 7, "affine_trained": False}
     # Statistics without a counter, as frozen layers and old files have them.
     content = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
@@ -191,6 +191,7 @@ def test_mean_and_variance_that_are_no_pair(inspect):
     assert said(found) == [("BN109", "error", "a"), ("BN109", "error", "b")]
     assert found.findings[0].evidence["shapes"] == {"running_mean": [16], "running_var": [5]}
     assert found.findings[1].evidence["shapes"] == {"running_mean": None, "running_var": [16]}
+    assert "(running_mean: missing, running_var: [16])" in found.findings[1].message
     assert [layer.channels for layer in found.layers] == [16, 16]
 
 
