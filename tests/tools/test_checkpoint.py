@@ -14,7 +14,9 @@ from batchnorm import ArgumentError, BatchNorm, bank, inspect_checkpoint
 def inspect(tmp_path):
     def save_and_inspect(content, **options):
         torch.save(content, tmp_path / "checkpoint.pt")
-        return inspect_checkpoint(tmp_path / "checkpoint.pt", **options)
+        found = inspect_checkpoint(tmp_path / "checkpoint.pt", **options)
+        assert all(len(finding.remedy) > 20 for finding in found.findings)
+        return found
 
     return save_and_inspect
 
@@ -86,6 +88,7 @@ def test_variance_zero_or_negative(inspect):
     found = inspect(state(a=statistics(running_var=zero)))
     assert said(found) == [("BN104", "warning", "a")]
     assert found.findings[0].evidence["zero"]["number"] == 2
+    assert said(inspect(state(a=statistics(running_var=zero, weight=None)))) == said(found)
     # Where nothing but zeros came, as behind a ReLU that is never on, the mean is zero, too.
     mean = with_value(torch.randn(16), [2, 7], 0)
     found = inspect(state(a=statistics(running_var=zero, running_mean=mean)))
@@ -108,6 +111,9 @@ def test_never_updated(inspect, make):
     ]
     # γ that has been trained: such a model is meant to be evaluated.
     nn.init.uniform_(model[0].weight)
+    assert said(inspect(model.state_dict()))[0] == ("BN105", "error", "0")
+    nn.init.ones_(model[0].weight)
+    nn.init.uniform_(model[0].bias)
     assert said(inspect(model.state_dict()))[0] == ("BN105", "error", "0")
     # A counter that says something else.
     model[1].num_batches_tracked.fill_(7)
