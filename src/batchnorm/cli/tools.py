@@ -124,7 +124,7 @@ def add(app: typer.Typer) -> None:
 
         try:
             diagnosis = diagnose(
-                net, batches, max_batches=max_batches, optimizer=used, ignore=codes
+                net, batches, max_batches=max_batches, optimizer=used, ignore=sorted(codes)
             )
         except BatchNormError:
             raise
