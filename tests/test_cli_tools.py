@@ -1,11 +1,9 @@
 """`batchnorm inspect` and `batchnorm diagnose`: what they print, write and end in."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -15,10 +13,6 @@ from typer.testing import CliRunner
 from batchnorm import BatchNorm, __version__, cli
 from batchnorm.cli.load import load
 from batchnorm.errors import ArgumentError
-
-REAL = pytest.mark.skipif(
-    importlib.util.find_spec("batchnorm.tools.diagnose") is None, reason="diagnose is not there yet"
-)
 
 TRAIN = """
 import torch
@@ -246,7 +240,6 @@ def test_what_is_not_found_or_fails_is_told_in_a_line(project, reference, messag
     assert "\n" not in str(caught.value)
 
 
-@REAL
 def test_diagnose_from_end_to_end(project):
     arguments = ("--data", "train_it:batches", "--max-batches", 3, "--json", "found.json")
     code, out, _ = run("diagnose", "train_it:make_model", *arguments, "--plot", "drift.svg")
@@ -268,7 +261,6 @@ def test_diagnose_from_end_to_end(project):
     assert code == 1
 
 
-@REAL
 def test_what_cannot_be_diagnosed_is_status_2_not_that_of_findings(project):
     for arguments, message in (
         (("train_it:here", "--data", "train_it:here"), "to make a torch.nn.Module, got list"),
@@ -280,34 +272,3 @@ def test_what_cannot_be_diagnosed_is_status_2_not_that_of_findings(project):
         assert code == 2
         assert out == ""
         assert message in err
-
-
-def test_the_command_to_diagnose_hands_over_what_it_is_given(project, monkeypatch):
-    """With a stand-in that tells what it got: the real one has tests of its own."""
-    import types
-
-    from batchnorm.tools.findings import Diagnosis, LayerReport
-
-    got = []
-
-    def diagnose(model, batches, **options):
-        got.append((model, list(batches), options))
-        return Diagnosis((), (LayerReport("1", "BatchNorm", 8, mean_drift=0.1),))
-
-    module = types.ModuleType("batchnorm.tools.diagnose")
-    module.diagnose = diagnose
-    monkeypatch.setitem(sys.modules, "batchnorm.tools.diagnose", module)
-    code, out, error = run(
-        "diagnose", "train_it:model", "--data", "train_it:here", "--optimizer", "train_it:sgd",
-        "--max-batches", 7, "--ignore", "BN204", "--plot", project / "drift.svg",
-    )  # fmt: skip
-    assert (code, error) == (0, None)
-    ((model, batches, options),) = got
-    trained = sys.modules["train_it"]
-    assert model is trained.model
-    assert all(a is b for a, b in zip(batches, trained.here, strict=True))
-    optimizer = options.pop("optimizer")
-    assert optimizer.param_groups[0]["params"][0] is next(model.parameters())
-    assert options == {"max_batches": 7, "ignore": ["BN204"]}
-    assert out.startswith("train_it:model, Sequential\n1 batch norm layer: nothing found")
-    assert textwrap.dedent(out).splitlines()[-1] == f"Written: {project / 'drift.svg'}"

@@ -163,7 +163,7 @@ def test_every_class_of_layer(norm):
     # The one layer there is makes all of the gap, over the batches for which that is measured.
     first = diagnose(model, batches[:2])
     assert first.layers[0].gap == pytest.approx(first.gap.value, rel=1e-12)
-    assert first.layers[0].repair == 1
+    assert first.layers[0].share == 1
     with torch.no_grad():
         model[1].running_mean += 2
     assert ("BN101", "1") in codes(diagnose(model, batches))

@@ -19,7 +19,7 @@ def diagnosis(count=6, *, attributed=True, worst=()):
             mean_drift=0.01 * (n + 1),
             var_drift=0.3 / (n + 1),
             gap=0.1 * n if attributed else None,
-            repair=-0.01 * n if attributed else None,
+            share=-0.01 * n if attributed else None,
         )
         for n in range(count)
     )
@@ -53,7 +53,7 @@ def test_values_are_where_they_belong():
         (left, "o", lambda layer: layer.mean_drift),
         (left, "s", lambda layer: layer.var_drift),
         (right, "D", lambda layer: layer.gap),
-        (right, "^", lambda layer: 0.8 * layer.repair),  # in the gap's unit
+        (right, "^", lambda layer: 0.8 * layer.share),  # in the gap's unit
     ):
         assert marks(axes, shape) == {
             row: (pytest.approx(get(layer)), row in (1, 4))

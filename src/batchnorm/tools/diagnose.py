@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from batchnorm.sync import Group
 from batchnorm.tools.diagnosis import configuration, processes
 from batchnorm.tools.diagnosis.examination import Examination
 from batchnorm.tools.feeding import Step, call, check_batches, take, untouched
-from batchnorm.tools.findings import CODES, Diagnosis, ordered
+from batchnorm.tools.findings import Diagnosis, check_codes, ordered
 from batchnorm.tools.layers import every_batch_norm
 
 
@@ -28,7 +28,7 @@ def diagnose(
     max_batches: int = 32,
     optimizer: torch.optim.Optimizer | None = None,
     process_group: Group = None,
-    ignore: Sequence[str] = (),
+    ignore: Collection[str] = (),
 ) -> Diagnosis:
     """Find out why a model is good in `train()` and bad in `eval()`, and what else is wrong.
 
@@ -37,10 +37,11 @@ def diagnose(
     from the one to the other; and one training step is rehearsed. Afterwards the model is as it
     was: modes, statistics, gradients, random numbers. A healthy model has no findings.
 
-    It takes 2 forward passes a batch (3 with dropout), 1 more for the first 8, 4 for each layer of
-    which it measures what it alone does to the output (the 40 whose statistics are farthest off;
-    6 where that is much), and a few. The most memory goes to the batches, the outputs of the first
-    8, and the activations of one.
+    It takes 2 forward passes a batch (3 with dropout) and 1 more for the first 8; for each layer 2
+    to measure its share of the gap (1 if there are more than 40 layers), and 2 for what it alone
+    does to the output (of the 40 whose statistics are farthest off; 4 where that is much); and a
+    few. The most memory goes to the batches, the outputs of the first 8, and the activations of
+    one.
 
     Where layers share statistics among processes, all must call, with as many batches.
 
@@ -82,9 +83,7 @@ def diagnose(
                 "run the model on one batch first"
             )
     check_batches(batches, step)
-    unknown = [code for code in ignore if code not in CODES]
-    if isinstance(ignore, str) or unknown:
-        raise ArgumentError(f"expected codes of findings, such as ('BN202',), got {ignore!r}")
+    ignored = check_codes(ignore)
     if max_batches < 1:
         raise ArgumentError(f"expected max_batches of at least 1, got {max_batches}")
     findings = configuration.check_modes(model, named)
@@ -99,7 +98,7 @@ def diagnose(
         examination = Examination(model, named, take(batches, max_batches), step or call)
         examination.run()
     findings += examination.findings()
-    findings = [finding for finding in findings if finding.code not in ignore]
+    findings = [finding for finding in findings if finding.code not in ignored]
     return Diagnosis(
         ordered(findings),
         examination.reports(),

@@ -92,7 +92,9 @@ class LayerReport:
         var_drift: root mean square over channels of ln((running variance + eps) / σ²).
         gap: how far the output moves if this layer alone normalises by its running statistics, and
             all others by the batch's; in the unit of `Gap`.
-        repair: how much of the gap goes away if this layer alone normalises by the batch.
+        share: its part of the gap: how much of it goes away if this layer, too, normalises by the
+            batch, once all that run before it do, and so give it what they gave it in training. The
+            shares of all layers add up to 1; one that undoes what others do has less than 0.
     """
 
     name: str
@@ -105,7 +107,7 @@ class LayerReport:
     mean_drift: float | None = None
     var_drift: float | None = None
     gap: float | None = None
-    repair: float | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def drift(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> None:
     One row a layer, in the order of the model. Left: `mean_drift` (in σ of the data) and
     `var_drift` (of ln variance); marks are filled where an error or a warning names the layer.
     Right, where it is known: what the layer alone contributes to the gap between
-    training and evaluation, and what repairing it alone would take away, beside the whole gap.
+    training and evaluation, and its share of the whole gap.
 
     Args:
         diagnosis: by `diagnose`: `inspect_checkpoint` knows nothing of the data.
@@ -113,7 +113,7 @@ def _figure(diagnosis: Diagnosis) -> Figure:
 
     layers = diagnosis.layers
     row, points = ROOMY if len(layers) <= FEW else DENSE
-    attributed = any(_shown(layer.gap) or _shown(_gone(diagnosis, layer)) for layer in layers)
+    attributed = any(_shown(layer.gap) or _shown(layer.share) for layer in layers)
     figure = Figure((WIDTH + WIDER * attributed, 1.5 + row * max(len(layers), 3)))
     panels = figure.subplots(
         1, 1 + attributed, sharey=True, squeeze=False, width_ratios=[2, 1][: 1 + attributed]
@@ -172,7 +172,7 @@ def _attribution(axes: Axes, diagnosis: Diagnosis, worst: dict[str, str]) -> Non
     layers = diagnosis.layers
     series: list[tuple[str, _Get, Any]] = [
         ("from this layer alone", lambda layer: layer.gap, Look("#000000", "solid", "D")),
-        ("gone if it is repaired", lambda layer: _gone(diagnosis, layer), LOOKS[2]),
+        ("its share of the whole", lambda layer: _part(diagnosis, layer), LOOKS[2]),
     ]
     known = [
         float(value)
@@ -256,11 +256,11 @@ def _title(diagnosis: Diagnosis) -> str:
     return f"Gap between train() and eval(): {gap.value:.2g} ± {gap.error:.1g}{left}"
 
 
-def _gone(diagnosis: Diagnosis, layer: LayerReport) -> float | None:
-    """What of the gap repairing a layer would take away, in the gap's own unit."""
-    if diagnosis.gap is None or layer.repair is None:
+def _part(diagnosis: Diagnosis, layer: LayerReport) -> float | None:
+    """A layer's share of the gap, in the gap's own unit."""
+    if diagnosis.gap is None or layer.share is None:
         return None
-    return layer.repair * diagnosis.gap.value
+    return layer.share * diagnosis.gap.value
 
 
 def _shown(value: float | None) -> bool:

@@ -19,6 +19,9 @@ WIDTH = 110
 #: Messages under one code, and layers in the table, before the rest is only counted.
 SAME, ROWS = 5, 30
 
+#: Shares of the gap that the headline names, and how many of them.
+LARGE, NAMED = 0.1, 3
+
 _COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _LETTERS = {"error": "E", "warning": "W", "info": "i"}
 _COUNTED = {"error": "error", "warning": "warning", "info": "remark"}
@@ -44,7 +47,7 @@ _COLUMNS: tuple[tuple[str, str, _Value, Callable[[Any], str]], ...] = (
     ("mean", "drift", lambda layer: layer.mean_drift, _ratio),
     ("var", "drift", lambda layer: layer.var_drift, _ratio),
     ("", "gap", lambda layer: layer.gap, _ratio),
-    ("", "repair", lambda layer: layer.repair, "{:.0%}".format),
+    ("share", "of gap", lambda layer: layer.share, "{:.0%}".format),
 )
 
 #: Columns that say nothing where every layer has the same.
@@ -54,7 +57,8 @@ _LEGEND = {
     "drift": "mean drift: |running − data| / σ of the data, var drift: |ln(running / data)|, root "
     "mean square over channels.",
     "gap": "gap: if this layer alone normalised by its running statistics.",
-    "repair": "repair: how much of the whole gap goes if this layer alone normalises by the batch.",
+    "of gap": "share of gap: what goes of the whole if this layer, too, normalises by the batch, "
+    "after all before it.",
 }
 
 
@@ -109,6 +113,8 @@ def _headline(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
     yield from _wrapped(f"{layers}: {said or 'nothing found'}", width, style=style)
     if diagnosis.gap is not None:
         yield from _wrapped(_gap(diagnosis.gap), width)
+        if diagnosis.findings and (shares := _shares(diagnosis.layers)):
+            yield from _wrapped(shares, width)
 
 
 def _gap(gap: Gap) -> str:
@@ -121,6 +127,14 @@ def _gap(gap: Gap) -> str:
         f"Outputs of train() and eval() differ by {gap.value:.2g} ± {gap.error:.1g} (1: as much as "
         f"examples differ from each other){left}. From {_counted(gap.batches, 'batch', 'batches')}."
     )
+
+
+def _shares(layers: Sequence[LayerReport]) -> str:
+    """Who has the most of the gap."""
+    known = [(layer.share, layer.name or "the model") for layer in layers if layer.share]
+    large = sorted(((s, name) for s, name in known if s >= LARGE), key=lambda item: -item[0])
+    parts = ", ".join(f"{name} {share:.0%}" for share, name in large[:NAMED])
+    return f"Of that, by layer: {parts}." if parts else ""
 
 
 def _found(
@@ -179,7 +193,7 @@ def _table(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
 
 
 def _chosen(diagnosis: Diagnosis) -> tuple[list[LayerReport], int]:
-    """The layers of the table, and how many are left out: those without findings, then by gap."""
+    """The layers of the table, and how many are left out: those without findings, then by share."""
     layers = diagnosis.layers
     if len(layers) <= ROWS:
         return list(layers), 0
@@ -187,7 +201,7 @@ def _chosen(diagnosis: Diagnosis) -> tuple[list[LayerReport], int]:
 
     def rank(place: int) -> tuple[float, ...]:
         layer = layers[place]
-        size = [layer.gap, layer.mean_drift, layer.var_drift]
+        size = [layer.share, layer.gap, layer.mean_drift, layer.var_drift]
         return (worst.get(layer.name, 9), *(-_finite(value) for value in size), place)
 
     return [layers[place] for place in sorted(range(len(layers)), key=rank)[:ROWS]], len(

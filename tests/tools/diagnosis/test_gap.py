@@ -146,20 +146,19 @@ def blocks(wrong=None):
 
 
 @pytest.mark.parametrize("wrong", [1, 4, 7])
-def test_a_single_wrong_layer_repairs_all_of_the_gap(wrong):
+def test_a_single_wrong_layer_has_all_of_the_gap(wrong):
     model, batches = blocks(wrong)
     diagnosis = diagnose(model, batches, ignore=("BN201",))
     assert diagnosis.gap.value > 0.3
     assert diagnosis.gap.error == pytest.approx(0, abs=1e-12)  # the batches are the same
     assert diagnosis.gap.recalibrated == pytest.approx(0, abs=1e-2)
     for layer in diagnosis.layers:
+        # Wherever it is: layers before it get what they always got, and so do those behind it once
+        # it is right.
+        assert layer.share == pytest.approx(float(layer.name == str(wrong)), abs=1e-9)
         if layer.name != str(wrong):
             assert layer.gap == pytest.approx(0, abs=1e-9)
-            # Layers before it get what they always got; those behind may undo a part.
-            if int(layer.name) < wrong:
-                assert layer.repair == pytest.approx(0, abs=1e-9)
             continue
-        assert layer.repair == pytest.approx(1, abs=1e-9)
         if wrong == 7:  # none behind it normalises again
             assert layer.gap == pytest.approx(diagnosis.gap.value, rel=1e-9)
         else:
@@ -180,7 +179,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
-def test_a_single_wrong_layer_has_all_of_the_gap(wrong):
+def test_a_single_wrong_branch_has_all_of_the_gap(wrong):
     model, x = Branches().double(), torch.randn(512, 8, dtype=torch.float64)
     with torch.no_grad():
         model(x)
@@ -191,7 +190,62 @@ def test_a_single_wrong_layer_has_all_of_the_gap(wrong):
     for index, layer in enumerate(diagnosis.layers):
         share = float(index == wrong)
         assert layer.gap == pytest.approx(share * diagnosis.gap.value, abs=1e-9)
-        assert layer.repair == pytest.approx(share, abs=1e-9)
+        assert layer.share == pytest.approx(share, abs=1e-9)
+
+
+class Backwards(nn.Module):
+    """Runs its layers from the last to the first."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(number))
+
+    def forward(self, x):
+        for norm in reversed(self.norms):
+            x = (norm(x) @ self.mix).tanh()
+        return x
+
+
+@pytest.mark.parametrize("number", [5, 42])
+def test_shares_are_what_goes_layer_after_layer_as_they_run(number):
+    """Against switching by hand: torch's own layers, put in training from the input on."""
+    model = Backwards(number).double()
+    model.mix = torch.randn(8, 8, dtype=torch.float64) / 2
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.running_mean += 0.3 * torch.randn(8)
+            norm.running_var *= torch.rand(8) + 0.5
+    batches = [torch.randn(64, 8, dtype=torch.float64) for _ in range(3)]
+    diagnosis = diagnose(model, batches)
+
+    model.eval()
+    for norm in model.norms:
+        norm.momentum = 0.0  # so that nothing moves
+    looked_at = batches[: 2 if number <= 40 else 1]
+
+    def outputs():
+        with torch.no_grad():
+            return [model(x).numpy() for x in looked_at]
+
+    running = [outputs()]
+    for norm in reversed(model.norms):
+        norm.train()
+        running.append(outputs())
+    trained = running[-1]
+    left = [
+        math.sqrt(
+            sum(
+                ((t - y) ** 2).mean() / ((t - t.mean(0)) ** 2).mean()
+                for t, y in zip(trained, of, strict=True)
+            )
+            / len(trained)
+        )
+        for of in running
+    ]
+    expected = {f"norms.{number - 1 - k}": (left[k] - left[k + 1]) / left[0] for k in range(number)}
+    shares = {layer.name: layer.share for layer in diagnosis.layers}
+    assert shares == pytest.approx(expected, abs=1e-9)
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
 
 
 def test_no_gap_no_share_of_it():
@@ -204,7 +258,7 @@ def test_no_gap_no_share_of_it():
     for layer in frozen[1::3]:
         layer.track_running_stats = False
         layer.running_mean = layer.running_var = None
-    assert [layer.repair for layer in diagnose(frozen, batches).layers] == [None] * 3
+    assert [layer.share for layer in diagnose(frozen, batches).layers] == [None] * 3
 
 
 def test_a_small_error_that_does_much_is_found():

@@ -39,7 +39,7 @@ class Examination:
         self.notes: list[str] = []
         self.alone: dict[Any, float] = {}
         self.exact: dict[Any, float] = {}
-        self.repair: dict[Any, float] = {}
+        self.share: dict[Any, float] = {}
         self.without_bias: dict[Any, float] = {}
         self.dropout_shift: dict[Any, float] = {}
         self.counted: dict[Any, tuple[int, int]] = {}
@@ -58,7 +58,8 @@ class Examination:
         with gap.exact_statistics(populations):
             recalibrated = self.outputs.moved(set(), gap.KEPT)
         self.gap: Gap = gap.gap_of(distances, recalibrated)
-        self._attribute(gap.ratio(distances[: gap.BATCHES]))
+        self._measure_alone()
+        self._share_out(distances)
         self._leave_out_biases()
         self._try("double counting by activation checkpointing was not", self._rehearse)
         if self.trace_of_training.dropouts:
@@ -112,8 +113,8 @@ class Examination:
     def _name(self, layer: Any) -> str:
         return next(name for name, other in self.named if other is layer)
 
-    def _attribute(self, whole: float) -> None:
-        """Each layer alone by its running statistics, and alone by the batch's."""
+    def _measure_alone(self) -> None:
+        """Each layer by its running statistics, all others by the batch's."""
         drifting = [
             layer for layer in self.layers if layer in self.switched and self.reached(layer)
         ]
@@ -129,14 +130,25 @@ class Examination:
             )
         for layer in drifting[: gap.MOST_LAYERS]:
             self.alone[layer] = self._moved(self.switched - {layer})
-            if whole > 0:
-                self.repair[layer] = 1 - self._moved({layer}) / whole
             if self.alone[layer] > statistics.MUCH and not together:
                 with gap.exact_statistics({layer: self.seen(layer).population()}):
                     self.exact[layer] = self._moved(self.switched - {layer})
 
-    def _moved(self, by_batch: set[Any]) -> float:
-        return gap.ratio(self.outputs.moved(by_batch, gap.BATCHES))
+    def _share_out(self, distances: list[gap.Distance]) -> None:
+        """Layer after layer, as they run, from its running statistics to the batch's."""
+        running = [layer for layer in self.watch.order if layer in self.switched]
+        most = gap.BATCHES if len(running) <= gap.MOST_LAYERS else 1
+        whole = left = gap.ratio(distances[:most])
+        # Processes that share statistics must run as often, whatever each one's gap is.
+        if not whole > 0 and all(processes_of(layer) == 1 for layer in running):
+            return
+        for place, layer in enumerate(running, 1):
+            before, left = left, self._moved(set(running[:place]), most)
+            if whole > 0:
+                self.share[layer] = (before - left) / whole
+
+    def _moved(self, by_batch: set[Any], most: int = gap.BATCHES) -> float:
+        return gap.ratio(self.outputs.moved(by_batch, most))
 
     def _leave_out_biases(self) -> None:
         """How far the output in training moves without the biases that feed layers."""
@@ -260,7 +272,7 @@ class Examination:
             mean_drift=drift.mean if drift else None,
             var_drift=drift.var if drift else None,
             gap=self.alone.get(layer),
-            repair=self.repair.get(layer),
+            share=self.share.get(layer),
         )
 
 

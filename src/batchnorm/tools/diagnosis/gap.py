@@ -18,8 +18,8 @@ from batchnorm.tools.diagnosis.modes import normalizing_by
 from batchnorm.tools.feeding import Step
 from batchnorm.tools.findings import Gap
 
-#: Layers of which it is measured what they alone do to the output: two passes for each of so many
-#: batches. Of more layers, those whose statistics are farthest off.
+#: Layers of which it is measured what they alone do to the output, by a pass for each of so many
+#: batches. Of more layers, those whose statistics are farthest off; and one batch shows the shares.
 MOST_LAYERS, BATCHES = 40, 2
 
 

@@ -85,12 +85,17 @@ class Watch:
         layers: that are watched.
         deep: also look for padding, and at samples one by one.
 
+    Attributes:
+        seen: of each layer.
+        order: of layers, as their first calls came.
+
     Raises:
         OneValueError: within, from a layer that would have to normalise one value by itself.
     """
 
     def __init__(self, layers: list[Any], *, deep: bool = True) -> None:
         self.seen: dict[Any, Seen] = {layer: Seen() for layer in layers}
+        self.order: list[Any] = []
         self._deep = deep
         self._before_batch: dict[Any, tuple[int, int]] = {}
 
@@ -122,6 +127,8 @@ class Watch:
         x, mask = given(layer, args, kwargs)
         if x is None or x.dim() < 2 or not x.is_floating_point():
             return  # the layer will say so
+        if layer not in self.order:
+            self.order.append(layer)
         if isinstance(layer, BatchNorm) and layer._bank is not None:
             seen.banked = True
             return
