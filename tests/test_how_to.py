@@ -27,20 +27,28 @@ def runs(page):
 
 
 def blocks(page):
-    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [code for code, _ in printing(page)]
+
+
+def printing(page):
+    """Each block of code with what the page says that it prints, if it does."""
+    pattern = r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?"
+    return re.findall(pattern, page.read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", [runs(p) for p in PAGES if "torchrun" not in p.read_text()])
-def test_code_runs(page, tmp_path, monkeypatch):
+def test_code_runs(page, tmp_path, monkeypatch, capsys):
     for package in NEEDS.get(page.name, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)  # for the files that it writes
     namespace = {}
     assert blocks(page)
-    for block in blocks(page):
+    for block, printed in printing(page):
         if "integrations.lightning" in block:
             pytest.importorskip("lightning.pytorch")
         exec(block, namespace)
+        out = capsys.readouterr().out
+        assert not printed or out == printed
 
 
 @pytest.mark.slow
