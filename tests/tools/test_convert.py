@@ -1,12 +1,13 @@
 """Converted layers compute what they did, and so do those that are converted back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 
-from batchnorm import BatchNorm, convert, revert
-from standins import EVALUATES, TRAINS, assert_close, gradient, made
+from batchnorm import BatchNorm, convert, revert, unfreeze
+from standins import EVALUATES, TRAINS, FrozenBatchNorm2d, assert_close, gradient, made
 
 
 @pytest.mark.parametrize("kind", TRAINS)
@@ -76,3 +77,29 @@ def test_state_dicts_fit_both_ways(kind):
     back = made(kind)[0]
     back.load_state_dict(other.state_dict(), strict=True)
     assert_close([back.eval()(x)], [model(x)])
+
+
+class VersionedBatchNorm2d(FrozenBatchNorm2d):
+    """As Detectron2's."""
+
+    _version = 3
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_what_never_trained_has_no_counter_whatever_its_version(thawed, copied):
+    """torch supplies one to state dicts of version 1."""
+    before = torch.nn.Sequential(VersionedBatchNorm2d(3))
+    torch.nn.init.uniform_(before[0].running_mean)
+    model = copied(convert(torch.nn.Sequential(VersionedBatchNorm2d(3))))
+    if thawed:
+        unfreeze(model)
+    model.load_state_dict(before.state_dict(), strict=True)
+    x = torch.randn(2, 3, 4, 4)
+    assert_close([model.eval()(x)], [before(x)])
+    assert model[0].num_batches_tracked == 0
+    revert(model)
+    assert type(model[0]) is (torch.nn.BatchNorm2d if thawed else VersionedBatchNorm2d)
+    assert not model[0]._load_state_dict_pre_hooks

@@ -226,3 +226,29 @@ def test_without_memory():
         assert [type(m) for m in convert(model)[1:]] == [BatchNorm] * 2
     assert model[1].weight.is_meta
     assert isinstance(revert(model)[1], BatchNormAct2d)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")
+def test_a_layer_compiled_by_itself():
+    """Its compiled call is of the layer, whatever the layer is."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4)
+    model[0].compile(backend="eager")
+    model(x), twin(x)
+    convert(model, activation="relu")
+    assert_close([model(x)], [twin(x).relu()])
+    assert_close(model.buffers(), twin.buffers())
+    model[0].activation = None
+    assert_close([revert(model)(x)], [twin(x)])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_children_whose_part_is_taken_come_back_in_the_layers_mode(training):
+    model = nn.Sequential(BatchNormAct2d(3)).train(not training)
+    convert(model).train(training)
+    revert(model)
+    assert {name: module.training for name, module in model.named_modules()} == dict.fromkeys(
+        ["", "0", "0.drop", "0.act"], training
+    )

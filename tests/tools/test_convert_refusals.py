@@ -171,7 +171,11 @@ REFUSED = {
     ),
     "split": (Split, "Split at '1': as a BatchNorm, it would raise "),
     "eps": (OtherEpsBatchNorm, "output in evaluation would not be the same"),
-    "two children": (both, "own forward"),
+    "two children": (both, "own forward has 'act', 'drop' to call, BatchNorm one activation"),
+    "compiled": (
+        lambda c: torch.jit.script(nn.BatchNorm2d(c)),
+        "torch.jit.script has not compiled, got BatchNorm2d at '1'; convert before that",
+    ),
     "replaced": (replaced, "its forward was replaced"),
     "parametrized": (parametrized, "it is parametrized; .*remove_parametrizations"),
     "activation": (with_attribute("activation", "relu"), "an attribute 'activation' of its own"),
@@ -239,6 +243,9 @@ def test_options_that_a_layer_cannot_have():
     with pytest.raises(ArgumentError, match=r"'1': expected track_running_stats=True with renorm"):
         convert(own, renorm=Renorm())
     model = nn.Sequential(BatchNormAct2d(3))
-    with pytest.raises(ArgumentError, match="'0': it has an activation already"):
-        convert(model, activation="leaky_relu")
-    assert type(model[0]) is BatchNormAct2d
+    for kind in (BatchNormAct2d, BatchNorm):
+        with pytest.raises(ArgumentError, match="'0': it has an activation already"):
+            convert(model, activation="leaky_relu")
+        assert type(model[0]) is kind
+        convert(model)
+    assert model[0].activation == "relu"

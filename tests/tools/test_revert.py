@@ -98,6 +98,18 @@ def test_what_convert_gave_for_training_ends():
     torch.testing.assert_close(model(x), expected, rtol=2e-6, atol=2e-6)
 
 
+def test_a_process_group_that_an_option_replaced_is_back():
+    for given in (None, "world"):
+        model = nn.Sequential(nn.SyncBatchNorm(3), nn.SyncBatchNorm(3))
+        group = model[1].process_group = torch.distributed.ProcessGroup(0, 1)
+        convert(model, process_group=given)
+        assert [layer.process_group for layer in model] == [given] * 2
+        revert(model)
+        assert [type(layer) for layer in model] == [nn.SyncBatchNorm] * 2
+        assert model[0].process_group is None
+        assert model[1].process_group is group
+
+
 def test_what_no_longer_shares_goes_by_its_input():
     model = nn.Sequential(nn.SyncBatchNorm(3))
     convert(model)[0].process_group = None
@@ -227,3 +239,19 @@ def test_half_precision():
     revert(model, x)
     # Statistics have 8 bits now, and so has what is computed.
     torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("lost", [("weight", "bias"), ("weight",), ("bias",)])
+def test_half_precision_without_gamma_or_beta(lost):
+    """Both dtypes of the running statistics are such that torch computes with them."""
+    model, x = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(6, 3, 2, 2).half()
+    for name in lost:
+        model[0].register_parameter(name, None)
+    model.half()(x)
+    expected = model.eval()(x)
+    revert(convert(model))
+    assert type(model[0]) is nn.BatchNorm2d
+    torch.testing.assert_close(model(x), expected, rtol=2e-3, atol=2e-3)
+    model.train()(x)
+    if lost == ("weight", "bias"):  # and with what the model may have become since
+        revert(convert(model.eval()).float())(x.float())

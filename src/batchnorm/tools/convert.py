@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm
-from batchnorm.tools.layers import every_batch_norm
+from batchnorm.tools.layers import check_module, every_batch_norm
 from batchnorm.tools.lazy import LAZY
 from batchnorm.tools.origin import ORIGIN, Origin, become_ours, origin_of
 from batchnorm.tools.same import difference
@@ -49,7 +50,8 @@ def convert(model: M, **options: Any) -> M:
     Args:
         model: with any batch norm layers; or one such layer.
         options: of `BatchNorm`, for every layer, those that are `BatchNorm` already included:
-            virtual_batch_size, renorm, process_group, activation, channel_dim, eps, momentum.
+            virtual_batch_size, renorm, process_group, activation (a module is one for all),
+            channel_dim, eps, momentum.
 
     Returns:
         The model.
@@ -70,6 +72,7 @@ def convert(model: M, **options: Any) -> M:
         True
     """
     _check_options(options)
+    _check_not_scripted(model)
     layers = every_batch_norm(model)
     origins: list[Origin | None] = []
     refused = []
@@ -105,6 +108,21 @@ def _check_options(options: dict[str, Any]) -> None:
     BatchNorm(1, device="meta", **options)
 
 
+def _check_not_scripted(model: nn.Module) -> None:
+    """Refuse layers that are no layers any more, and would stay what they are."""
+    check_module(model)
+    scripted = [
+        f"{module.original_name} at {name or 'the top'!r}"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name
+    ]
+    if scripted:
+        raise ArgumentError(
+            "expected layers that torch.jit.script has not compiled, got "
+            f"{', '.join(scripted)}; convert before that"
+        )
+
+
 def _origin(layer: Any, options: dict[str, Any]) -> Origin | None:
     """What a layer is; None if it is one of ours.
 
@@ -123,6 +141,7 @@ def _origin(layer: Any, options: dict[str, Any]) -> Origin | None:
     settings = {name: getattr(layer, name, default) for name, default in _DEFAULTS.items()}
     settings["eps"] = settings["eps"] or _DEFAULTS["eps"]
     BatchNorm(1, device="meta", **settings | options)
-    if origin is not None and "activation" in options and (origin.fused or origin.child):
+    own = vars(layer).get(ORIGIN, origin)
+    if own is not None and "activation" in options and (own.fused or own.child):
         raise ArgumentError("it has an activation already, which the option would replace")
     return origin

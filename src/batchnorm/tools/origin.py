@@ -71,7 +71,7 @@ class Origin:
         removed: those whose part is taken, or that had none.
         attributes: the names of those that it had.
         buffers: their names, in order.
-        dtype: of its running statistics.
+        group: of processes, if it shared its statistics.
         options: the names of those that `convert` has set.
     """
 
@@ -80,10 +80,10 @@ class Origin:
     fused: str | None
     child: str | None
     children: tuple[str, ...]
-    removed: dict[str, nn.Module]
+    removed: dict[str, nn.Module | None]
     attributes: frozenset[str]
     buffers: tuple[str, ...]
-    dtype: torch.dtype | None
+    group: Any
     options: frozenset[str] = frozenset()
 
     @property
@@ -128,7 +128,6 @@ def origin_of(layer: Any) -> Origin:
         raise ArgumentError("its forward was replaced, and would go on doing what it did")
     if vars(layer).get("_collect") is not None:
         raise ArgumentError("accumulate_statistics is at work; convert outside of the block")
-    statistics = layer._buffers.get("running_mean")
     fused, child = _activation(layer, foreign) if own_forward else (None, None)
     kept = set(layer._modules) if not own_forward else {child}
     _check_names(layer, child)
@@ -142,7 +141,7 @@ def origin_of(layer: Any) -> Origin:
         {name: module for name, module in layer._modules.items() if name not in kept},
         frozenset(vars(layer)),
         tuple(layer._buffers),
-        None if statistics is None else statistics.dtype,
+        layer.process_group if isinstance(layer, nn.SyncBatchNorm) else None,
     )
 
 
@@ -158,7 +157,11 @@ def _activation(layer: Any, foreign: list[type]) -> tuple[str | None, str | None
         for name, child in children.items()
         if type(child) is not nn.Identity or _is_hooked(child)
     ]
-    if len(active) > 1 or not (children or is_fixed(layer)):
+    if len(active) > 1:
+        raise ArgumentError(
+            f"its class's own forward has {_listed({*active})} to call, BatchNorm one activation"
+        )
+    if not (children or is_fixed(layer)):
         raise ArgumentError("BatchNorm would lose its class's own forward")
     # What changes nothing now may do so later, when the layer has no such forward any more.
     state = {*layer._parameters, *layer._buffers} - {*_FIXED, "num_batches_tracked"}
@@ -229,11 +232,22 @@ def _let_train(layer: Any) -> None:
     for name in _AFFINE:
         layer._parameters[name] = nn.Parameter(layer._buffers.pop(name), requires_grad=False)
     mean = layer._buffers["running_mean"]
-    layer._buffers.setdefault("num_batches_tracked", torch.zeros_like(mean[0], dtype=torch.long))
+    if "num_batches_tracked" not in layer._buffers:
+        layer._buffers["num_batches_tracked"] = torch.zeros_like(mean[0], dtype=torch.long)
+        layer.register_load_state_dict_pre_hook(_supply_counter)
     defaults = vars(BatchNorm(len(mean), device="meta"))
     for name in _SETTINGS:
         vars(layer).setdefault(name, defaults[name])
     vars(layer)[KEPT] = dict.fromkeys(_AFFINE, True)  # `unfreeze` lets them train
+
+
+def _supply_counter(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """State dicts of what never trains have none, and torch supplies it to its own old ones only.
+
+    That is by their version, which may be another one's: of Detectron2's frozen layer it is 3.
+    """
+    if prefix + "running_mean" in state_dict:
+        state_dict.setdefault(prefix + "num_batches_tracked", layer.num_batches_tracked)
 
 
 def become_theirs(layer: Any, kind: type[nn.Module], origin: Origin | None) -> None:
@@ -241,13 +255,21 @@ def become_theirs(layer: Any, kind: type[nn.Module], origin: Origin | None) -> N
     frozen, group, state = layer._frozen, layer.process_group, vars(layer)
     for name in (*OWN, ORIGIN):
         state.pop(name, None)
+    hooks = layer._load_state_dict_pre_hooks
+    for key in [key for key, it in hooks.items() if getattr(it, "hook", None) is _supply_counter]:
+        del hooks[key]
     layer.__class__ = kind
     if layer.eps == TINY:
         layer.eps = 0.0
     if issubclass(kind, nn.SyncBatchNorm):
+        if origin is not None and "process_group" in origin.options:
+            group = origin.group
         layer.process_group = None if group == WORLD else group
-    _narrow(layer, origin)
+    _narrow(layer)
     if origin is not None:
+        for child in origin.removed.values():
+            if child is not None:
+                child.train(layer.training)  # modes may have changed without it
         children = {**layer._modules, **origin.removed}
         names = [name for name in origin.children if name in children]
         layer._modules = {name: children[name] for name in (*names, *children)}
@@ -262,9 +284,13 @@ def become_theirs(layer: Any, kind: type[nn.Module], origin: Origin | None) -> N
         freeze_statistics(layer)
 
 
-def _narrow(layer: Any, origin: Origin | None) -> None:
-    """torch's kernels take running statistics of the dtype of γ only, where that is half."""
-    dtype = layer.weight.dtype if layer.weight is not None else origin and origin.dtype
+def _narrow(layer: Any) -> None:
+    """torch's kernels take running statistics of the dtype of γ and β only, where that is half.
+
+    Without γ and β they take float32 with any input, and nothing says what the input will be.
+    """
+    given = layer.bias if layer.weight is None else layer.weight
+    dtype = None if given is None else given.dtype
     if dtype in (torch.float16, torch.bfloat16):
         for name in ("running_mean", "running_var"):
             buffer = layer._buffers[name]

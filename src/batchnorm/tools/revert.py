@@ -25,7 +25,8 @@ def revert(model: M, example_inputs: Any = None) -> M:
     """Turn every `BatchNorm` of a model back into a layer of torch's, in place.
 
     A converted layer becomes what it was; options that `convert` gave it for training
-    (virtual_batch_size, renorm, process_group) end. Any other becomes a torch.nn.BatchNorm1d, 2d or
+    (virtual_batch_size, renorm, process_group) end, and half precision running statistics are
+    that again, if γ and β are. Any other becomes a torch.nn.BatchNorm1d, 2d or
     3d, according to the input that it gets; or a SyncBatchNorm, if it has a process_group. What
     is computed in evaluation stays the same, which is tried with made-up numbers, on a copy of each
     layer, before anything is changed. As with `convert`, modules, parameters, hooks, modes and
@@ -154,7 +155,8 @@ def _of_torch(
     # One that trains, or shares with nobody, now, is not what it was.
     trains = not layer._frozen or any(p.requires_grad for p in layer.parameters(recurse=False))
     if origin is not None and not (
-        (origin.fixed and trains) or (origin.synchronises and layer.process_group is None)
+        (origin.fixed and trains)
+        or (origin.synchronises and layer.process_group is None and own_group)
     ):
         kind = _grown(layer, origin)
         return kind, RANKS.get(kind, origin.ranks)

@@ -75,6 +75,7 @@ def _bare(module: nn.Module) -> Any:
     """
     copied = object.__new__(type(module))
     copied.__dict__.update(module.__dict__ | vars(nn.Module()))
+    copied._compiled_call_impl = None  # by `module.compile()`, and it would call the original
     made: dict[str, nn.Parameter] = {}
     for name, parameter in module._parameters.items():
         if parameter is not None:
