@@ -289,8 +289,50 @@ def test_what_they_cannot_do_is_refused(to):
             to(layer)
 
 
-def test_frozen_layers_say_so():
+def test_frozen_layers_say_so(linen):
     layer = BatchNorm(C)
     freeze(layer)
     assert to_keras(layer)[0]["trainable"] is False
     assert "trainable" not in to_keras(BatchNorm(C))[0]
+    config, variables = to_flax(layer)
+    assert config["use_running_average"] is True
+    assert "use_running_average" not in to_flax(BatchNorm(C))[0]
+    x = data((6, C))
+    y, changed = linen.BatchNorm(**config).apply(variables, x, mutable=["batch_stats"])
+    assert_close(layer.train()(torch.from_numpy(x)), y)
+    np.testing.assert_array_equal(changed["batch_stats"]["mean"], variables["batch_stats"]["mean"])
+
+
+def test_modes_of_nnx_layers_come_along(nnx):
+    theirs = nnx_layer(nnx, 1)
+    assert from_flax(theirs).training
+    theirs.eval()
+    ours = from_flax(theirs)
+    assert not ours.training
+    x = data((6, C))
+    assert_close(ours(torch.from_numpy(x)), theirs(x))
+    assert from_flax(nnx_layer(nnx, 1, use_running_average=True)).training is False
+
+
+def test_nnx_layers_that_share(nnx):
+    assert from_flax(nnx_layer(nnx, 1)).process_group is None
+    assert from_flax(nnx_layer(nnx, 1, axis_name="batch")).process_group == "world"
+    some = nnx_layer(nnx, 1, axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
+    with pytest.raises(ArgumentError, match="all or none, got one with axis_index_groups"):
+        from_flax(some)
+
+
+def test_settings_as_they_are_saved():
+    statistics = dict(zip(("moving_mean", "moving_variance"), values()[2:], strict=True))
+    assert from_keras(statistics, axis=[3]).channel_dim == 3  # Keras 2
+    given = from_keras(statistics, momentum=np.float32(0.75), axis=np.int64(-1))
+    assert (given.momentum, given.channel_dim) == (0.25, -1)
+    for settings, message in [
+        ({"momentum": None}, "momentum to be a number, got None"),
+        ({"momentum": "0.9"}, "momentum to be a number, got '0.9'"),
+        ({"momentum": True}, "momentum to be a number, got True"),
+        ({"axis": [1, 2]}, r"channel_dim to be an integer, got \[1, 2\]"),
+        ({"epsilon": 0.0}, "eps > 0"),
+    ]:
+        with pytest.raises(ArgumentError, match=f"expected {message}"):
+            from_keras(statistics, **settings)

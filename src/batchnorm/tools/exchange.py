@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def from_keras(source: Any, **config: Any) -> BatchNorm:
         source: the layer, built; or its weights by name: gamma, beta, moving_mean,
             moving_variance, arrays of any kind, the first two if it has them.
         config: epsilon, momentum and axis, in place of the layer's, or of Keras's defaults (1e-3,
-            0.99, -1).
+            0.99, -1). Keras 2 saved the axis as a list of one, which will do too.
 
     Returns:
         The layer, frozen if the one of Keras is not trainable. Without gamma, γ is 1 and takes no
@@ -119,10 +120,12 @@ def from_flax(source: Any, **config: Any) -> BatchNorm:
             0.99, -1).
 
     Returns:
-        The layer. Without scale, γ is 1 and takes no gradient.
+        The layer; in `eval()` if the nnx layer has use_running_average, and with the process_group
+        "world" if it has an axis_name. Without scale, γ is 1 and takes no gradient.
 
     Raises:
-        ArgumentError: a name is unknown or missing.
+        ArgumentError: a name is unknown or missing, or the layer shares with some only
+            (axis_index_groups).
         InputError: the weights do not fit each other.
 
     Example:
@@ -136,6 +139,11 @@ def from_flax(source: Any, **config: Any) -> BatchNorm:
     if not isinstance(source, Mapping):
         _check_layer(source, (*_FLAX[2:], *defaults), "flax.nnx.BatchNorm")
         defaults = {name: getattr(source, name) for name in defaults}
+        if getattr(source, "axis_index_groups", None) is not None:
+            raise ArgumentError(
+                "expected a layer that shares its statistics with all or none, got one with "
+                "axis_index_groups; pass its weights by name, and set process_group to such a group"
+            )
         weights = {name: getattr(source, name, None) for name in _FLAX}
     else:
         known = set(source) <= {"params", "batch_stats"} and "batch_stats" in source
@@ -145,7 +153,12 @@ def from_flax(source: Any, **config: Any) -> BatchNorm:
                 f"{{'mean', 'var'}}}}, got {sorted(map(str, source))}"
             )
         weights = {**source.get("params", {}), **source["batch_stats"]}
-    return _layer(weights, _FLAX, _merged(defaults, config))
+    layer = _layer(weights, _FLAX, _merged(defaults, config))
+    if not isinstance(source, Mapping):
+        if getattr(source, "axis_name", None) is not None:
+            layer.process_group = "world"
+        layer.train(not getattr(source, "use_running_average", False))
+    return layer
 
 
 def to_flax(layer: BatchNorm) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -155,7 +168,8 @@ def to_flax(layer: BatchNorm) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
         layer: without what Flax's cannot do.
 
     Returns:
-        The keyword arguments of the layer, and the variables of a linen layer as NumPy arrays.
+        The keyword arguments of the layer, with use_running_average if ours is frozen, and the
+        variables of a linen layer as NumPy arrays.
 
     Raises:
         ArgumentError: it has an activation, banks, or other options that Flax's layer has not.
@@ -172,7 +186,10 @@ def to_flax(layer: BatchNorm) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
     parts: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for name, array in weights.items():
         parts["params" if name in _FLAX[:2] else "batch_stats"][name] = array
-    return config | {"use_scale": "scale" in weights, "use_bias": "bias" in weights}, parts
+    config |= {"use_scale": "scale" in weights, "use_bias": "bias" in weights}
+    if is_frozen(layer):
+        config["use_running_average"] = True
+    return config, parts
 
 
 def _check_layer(source: Any, names: Sequence[str], kind: str) -> None:
@@ -189,7 +206,13 @@ def _merged(defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         raise ArgumentError(
             f"expected {', '.join(defaults)} besides the weights, got {', '.join(unknown)}"
         )
-    return defaults | config
+    merged = defaults | config
+    momentum, axis = merged["momentum"], merged["axis"]
+    if not isinstance(momentum, Real) or isinstance(momentum, bool):
+        raise ArgumentError(f"expected momentum to be a number, got {momentum!r}")
+    if isinstance(axis, Sequence) and len(axis) == 1:
+        merged["axis"] = axis[0]
+    return merged
 
 
 def _layer(weights: dict[str, Any], names: Sequence[str], config: dict[str, Any]) -> BatchNorm:
