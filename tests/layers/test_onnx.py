@@ -1,5 +1,6 @@
 """Exported to ONNX and run by ONNX Runtime, the layer is what evaluation is."""
 
+import io
 import warnings
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm, convert
+from batchnorm import BatchNorm, convert, freeze
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -27,9 +28,9 @@ class Masked(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.bn = BatchNorm(C, activation="relu")
+        self.bn = BatchNorm(C, activation="relu", **options)
 
     def forward(self, x, residual):
         return self.bn(x, residual=residual)
@@ -39,12 +40,23 @@ def layer(**options):
     return nn.Sequential(BatchNorm(C, **options))
 
 
+def frozen():
+    model = layer(activation="relu")
+    freeze(model)
+    return model
+
+
 IMAGE = (2, C, 4, 3)
 ONE = ["BatchNormalization"]
-#: What makes a model, the shapes of its inputs, and the graph's nodes; None: arithmetic.
+ARITHMETIC = ["Cast", "Sub", "Mul", "Mul", "Add", "Cast"]
+#: What makes a model, the shapes of its inputs, and the graph's nodes.
 CASES = {
     "dense": (layer, [(2, C)], ONE),
+    "sequence": (layer, [(2, C, 4)], ONE),
     "image": (layer, [IMAGE], ONE),
+    "volume": (layer, [(2, C, 4, 3, 2)], ONE),
+    "no bias": (lambda: layer(bias=False), [IMAGE], ONE),
+    "frozen": (frozen, [IMAGE], [*ONE, "Relu"]),
     "no affine": (lambda: layer(affine=False), [IMAGE], ONE),
     "options of training": (
         lambda: layer(virtual_batch_size=2, process_group="world"), [IMAGE], ONE
@@ -61,8 +73,11 @@ CASES = {
     "converted": (
         lambda: convert(nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C))), [(2, 3)], ["Gemm"]
     ),
-    "channels last": (lambda: layer(channel_dim=-1), [(2, 4, 3, C)], None),
-    "mask": (Masked, [(2, C, 4), (2, 4)], None),
+    "channels last": (lambda: layer(channel_dim=-1), [(2, 4, 3, C)], ARITHMETIC),
+    "residual, channels last": (
+        lambda: Block(channel_dim=-1), [(2, 4, C)] * 2, [*ARITHMETIC, "Add", "Relu", "Cast"]
+    ),
+    "mask": (Masked, [(2, C, 4), (2, 4)], ARITHMETIC),
 }  # fmt: skip
 
 
@@ -82,9 +97,27 @@ def exported(model, inputs):
     return program, onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
+def exported_by_tracing(model, inputs):
+    """By the exporter that torch had first."""
+    file, names = io.BytesIO(), [f"input{index}" for index in range(len(inputs))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.onnx.export(
+            model,
+            inputs,
+            file,
+            dynamo=False,
+            opset_version=13,  # of 2020
+            input_names=names,
+            dynamic_axes={name: {0: "samples"} for name in names},
+        )
+    return onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+
+
 def run(session, inputs):
     names = [given.name for given in session.get_inputs()]
-    return session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0]
+    assert len(names) == len(inputs) or inputs[1].dtype is torch.bool  # tracing drops the mask
+    return session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=False)))[0]
 
 
 def inputs_of(shapes, samples, masked=False):
@@ -96,22 +129,35 @@ def inputs_of(shapes, samples, masked=False):
 
 @pytest.mark.parametrize(("make", "shapes", "nodes"), CASES.values(), ids=CASES)
 def test_is_evaluation(make, shapes, nodes):
-    model = make().eval()
+    model = make().train(make is frozen)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 1.5)
     masked = make is Masked
-    program, session = exported(model, inputs_of(shapes, 2, masked))
-    if nodes is not None:
-        assert [node.op_type for node in program.model.graph] == nodes
-    for samples in (1, 7):
-        inputs = inputs_of(shapes, samples, masked)
-        expected = model(*inputs)
-        assert expected.shape[0] == samples
-        # A convolution of 27 products, and a dozen roundings to 2⁻²⁴ of numbers up to 10.
-        torch.testing.assert_close(
-            torch.from_numpy(run(session, inputs)), expected, rtol=1e-5, atol=1e-5
-        )
+    given = inputs_of(shapes, 2, masked)
+    program, session = exported(model, given)
+    assert [node.op_type for node in program.model.graph] == nodes
+    for either in (session, exported_by_tracing(model.eval(), given)):
+        for samples in (1, 7):
+            inputs = inputs_of(shapes, samples, masked)
+            expected = model(*inputs)
+            assert expected.shape[0] == samples
+            # A convolution of 27 products, and a dozen roundings to 2⁻²⁴ of numbers up to 10.
+            torch.testing.assert_close(
+                torch.from_numpy(run(either, inputs)), expected, rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("export", [lambda *given: exported(*given)[1], exported_by_tracing])
+def test_half_precision(export):
+    model = layer(dtype=torch.float16).eval()
+    for tensor in (*model.parameters(), model[0].running_mean, model[0].running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.randn(IMAGE).half()
+    got = torch.from_numpy(run(export(model, (x,)), (x,)))
+    assert got.dtype is torch.float16
+    # Computed in float32: one rounding to 2⁻¹¹ of numbers up to 10.
+    torch.testing.assert_close(got, model(x), rtol=2**-10, atol=2**-12)
 
 
 @pytest.mark.parametrize(("channel_dim", "tolerance"), [(1, 2.0**-10), (-1, 2.0**-20)])
