@@ -7,6 +7,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from batchnorm import ArgumentError, BatchNorm, bank, convert, freeze, param_groups, unfreeze
+from standins import FrozenBatchNorm2d
 
 
 def names(model, groups):
@@ -110,6 +111,12 @@ def test_frozen_ones_are_there_and_converted_ones():
     after = param_groups(model, 0.1)
     for a, b in zip(before, after, strict=True):
         assert all(p is q for p, q in zip(a["params"], b["params"], strict=True))
+
+
+def test_a_model_of_those_that_never_train():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), FrozenBatchNorm2d(3))
+    assert names(model, param_groups(model, 0.1)) == [["0.weight", "0.bias"], []]
+    assert names(model, param_groups(model, 0.1, biases=True)) == [["0.weight"], ["0.bias"]]
 
 
 def test_pruned_and_parametrized():

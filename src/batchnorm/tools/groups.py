@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from batchnorm.errors import ArgumentError
 from batchnorm.tools.freeze import affine_of
-from batchnorm.tools.layers import check_module, keepers
+from batchnorm.tools.layers import check_module, is_fixed, keepers
 
 #: torch's normalization layers, and what derives from them: batch and instance norm, and the rest.
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -31,7 +31,8 @@ def param_groups(
 
     Args:
         model: with normalization layers: `BatchNorm` (and its banks), torch's batch, layer, group,
-            instance and RMS norms, and what derives from them.
+            instance and RMS norms, and what derives from them. What a class of its own computes
+            is not known: of another library's RMS norm, the scale decays.
         weight_decay: of everything else, as the optimizer takes it.
         biases: leave out the biases of other layers, too.
 
@@ -56,7 +57,7 @@ def param_groups(
     if not number or not 0 <= weight_decay < math.inf:
         raise ArgumentError(f"expected weight_decay to be a number >= 0, got {weight_decay!r}")
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    if not norms:
+    if not norms and not any(map(is_fixed, model.modules())):
         raise ArgumentError(
             "expected a model with normalization layers (batchnorm.BatchNorm, torch.nn.BatchNorm…, "
             f"LayerNorm, GroupNorm, …), got a {type(model).__name__} with none"
