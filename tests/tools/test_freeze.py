@@ -277,3 +277,17 @@ def test_parametrized_and_pruned_parameters_are_frozen():
             assert not any(p.requires_grad for p in model.parameters())
             unfreeze(model)
             assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_shared_parameter_frozen_in_two_steps_trains_again():
+    first, second, third = (BatchNorm(3) for _ in range(3))
+    third.weight = second.weight = first.weight
+    first.bias.requires_grad_(False)
+    second.bias = first.bias
+    model = nn.Sequential(first, second, third)
+    freeze(second)
+    freeze(model)
+    assert not first.weight.requires_grad
+    unfreeze(model)
+    assert first.weight.requires_grad
+    assert not first.bias.requires_grad

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm, convert, revert
+from batchnorm import BatchNorm, InputError, convert, freeze, revert, unfreeze
 from batchnorm.tools.lazy import LazyBatchNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -84,3 +84,27 @@ def test_half_before_the_first_input():
     assert model(torch.randn(4, 3).bfloat16()).dtype is torch.bfloat16
     assert model[0].running_mean.dtype is torch.float32
     assert model[0].weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_frozen_before_the_first_input(converted):
+    """Then the running statistics are those of a new layer: mean 0, variance 1."""
+    model = nn.Sequential(nn.LazyBatchNorm2d(eps=0.5))
+    if converted:
+        convert(model)
+    freeze(model)
+    x = torch.randn(4, 3, 2, 2)
+    torch.testing.assert_close(model(x), x / 1.5**0.5, rtol=1e-6, atol=1e-6)
+    assert [p.requires_grad for p in model.parameters()] == [False] * 2
+    unfreeze(model)
+    model(x)
+    assert model[0].num_batches_tracked == 1
+    assert [p.requires_grad for p in model.parameters()] == [True] * 2
+
+
+def test_an_input_without_channels():
+    layer = convert(nn.LazyBatchNorm1d())
+    with pytest.raises(InputError, match=r"an axis 1 of x, .* got x of shape \(3,\)"):
+        layer(torch.randn(3))
+    assert type(layer) is LazyBatchNorm
+    assert layer(torch.randn(4, 3)).shape == (4, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,11 +85,15 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, affine: bool = True) 
     Raises:
         ArgumentError: there are no batch norm layers.
     """
+    before: list[tuple[bool, nn.Parameter]] = []
     for _, layer in batch_norms(model):
         if statistics:
             unfreeze_statistics(layer)
         if affine:
-            _unfreeze_affine(layer)
+            before += _forget(layer)
+    # What trained comes last: one of the layers that share it may have been frozen after another.
+    for trained, parameter in sorted(before, key=lambda it: it[0]):
+        parameter.requires_grad = trained
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -114,17 +119,17 @@ def _remember(layer: _BatchNorm) -> None:
 def _freeze_affine(layer: _BatchNorm) -> None:
     for keeper in keepers(layer):
         for parameter in affine_of(keeper).values():
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy layer's has no `requires_grad_` yet
             parameter.grad = None
 
 
-def _unfreeze_affine(layer: _BatchNorm) -> None:
+def _forget(layer: _BatchNorm) -> Iterator[tuple[bool, nn.Parameter]]:
     kept = layer.__dict__.get(KEPT, {})
     for keeper in keepers(layer):
         # A bank that was made of a frozen layer has copies of frozen parameters.
         before = keeper.__dict__.pop(KEPT, kept)
         for name, parameter in affine_of(keeper).items():
-            parameter.requires_grad_(before.get(name, parameter.requires_grad))
+            yield before.get(name, parameter.requires_grad), parameter
 
 
 def freeze_statistics(layer: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
+from batchnorm.errors import InputError
 from batchnorm.layers.batch_norm import BatchNorm
 
 #: torch's own.
@@ -30,6 +31,11 @@ class LazyBatchNorm(LazyModuleMixin, BatchNorm):
     def initialize_parameters(self, x: Tensor | PackedSequence, *_: Any, **__: Any) -> None:
         """Give every tensor the number of channels of the input."""
         data = x.data if isinstance(x, PackedSequence) else x
+        if not -data.dim() <= self.channel_dim < data.dim():
+            raise InputError(
+                f"expected an axis {self.channel_dim} of x, with the channels, got x of shape "
+                f"{tuple(data.shape)}"
+            )
         channels = data.shape[self.channel_dim]
         tensors = [*self._parameters.values(), *self._buffers.values()]
         lazy = [tensor for tensor in tensors if isinstance(tensor, _UNINITIALIZED)]
