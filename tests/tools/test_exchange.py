@@ -336,3 +336,16 @@ def test_settings_as_they_are_saved():
     ]:
         with pytest.raises(ArgumentError, match=f"expected {message}"):
             from_keras(statistics, **settings)
+
+
+@pytest.mark.parametrize("to", [to_keras, to_flax])
+def test_numbers_go_out_as_they_are_and_as_copies(to):
+    layer = BatchNorm(C, momentum=0.01234567, eps=1e-7)
+    config, weights = to(layer)
+    assert config["momentum"] == pytest.approx(0.98765433, abs=1e-12)
+    assert config["epsilon"] == 1e-7
+    for part in weights.values():
+        for array in part.values() if isinstance(part, dict) else [part]:
+            array[:] = 7
+    fresh = BatchNorm(C).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in layer.state_dict().items())
