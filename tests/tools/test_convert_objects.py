@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from batchnorm import BatchNorm, Renorm, convert, freeze, revert, unfreeze
-from standins import BatchNormAct2d, FrozenBatchNorm2d, assert_close, made, state
+from standins import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    SyncBatchNormAct,
+    assert_close,
+    made,
+    state,
+)
 
 
 def test_objects_are_the_same_ones():
@@ -252,3 +259,12 @@ def test_children_whose_part_is_taken_come_back_in_the_layers_mode(training):
     assert {name: module.training for name, module in model.named_modules()} == dict.fromkeys(
         ["", "0", "0.drop", "0.act"], training
     )
+
+
+def test_children_that_are_none_come_back():
+    model = nn.Sequential(SyncBatchNormAct(3))
+    model[0].act = nn.ReLU()
+    model[0].register_module("drop", None)
+    revert(convert(model))
+    assert list(model[0]._modules) == ["act", "drop"]
+    assert model[0].drop is None

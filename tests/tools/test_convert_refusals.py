@@ -116,6 +116,15 @@ class OtherEpsBatchNorm(FrozenBatchNorm2d):
         ]
 
 
+class OutsideBatchNorm(FrozenBatchNorm2d):
+    """eps is added to the root, which shows where the variance is small."""
+
+    def forward(self, x):
+        scale = self.weight / (self.running_var.sqrt() + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
 class Slotted(nn.BatchNorm2d):
     __slots__ = ("extra",)
 
@@ -171,6 +180,7 @@ REFUSED = {
     ),
     "split": (Split, "Split at '1': as a BatchNorm, it would raise "),
     "eps": (OtherEpsBatchNorm, "output in evaluation would not be the same"),
+    "eps outside": (OutsideBatchNorm, "output in evaluation would not be the same"),
     "two children": (both, "own forward has 'act', 'drop' to call, BatchNorm one activation"),
     "compiled": (
         lambda c: torch.jit.script(nn.BatchNorm2d(c)),
