@@ -103,3 +103,13 @@ def test_what_never_trained_has_no_counter_whatever_its_version(thawed, copied):
     revert(model)
     assert type(model[0]) is (torch.nn.BatchNorm2d if thawed else VersionedBatchNorm2d)
     assert not model[0]._load_state_dict_pre_hooks
+
+
+def test_no_eps_is_none():
+    """Detectors have eps=0, and after years of weight decay before it variances of any size."""
+    layer = FrozenBatchNorm2d(3, eps=0.0)
+    layer.running_var.copy_(torch.tensor([1e-30, 1e-12, 1.0]))
+    x = torch.randn(2, 3, 4, 4) * 1e-12
+    expected = layer(x)
+    torch.testing.assert_close(convert(layer)(x), expected, rtol=1e-6, atol=0)
+    assert revert(layer).eps == 0

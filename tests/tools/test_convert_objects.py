@@ -268,3 +268,14 @@ def test_children_that_are_none_come_back():
     revert(convert(model))
     assert list(model[0]._modules) == ["act", "drop"]
     assert model[0].drop is None
+
+
+def test_what_derives_from_an_activation_is_not_it():
+    class Shifted(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model, x = nn.Sequential(BatchNormAct2d(3, act=Shifted)), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)(x)
+    assert_close([convert(model)(x)], [expected])
+    assert model[0].activation is model[0].act
