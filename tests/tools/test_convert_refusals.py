@@ -259,3 +259,8 @@ def test_options_that_a_layer_cannot_have():
         assert type(model[0]) is kind
         convert(model)
     assert model[0].activation == "relu"
+
+
+def test_what_is_no_module():
+    with pytest.raises(ArgumentError, match=r"expected a torch\.nn\.Module, got list"):
+        convert([nn.BatchNorm2d(3)])
