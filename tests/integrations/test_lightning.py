@@ -136,6 +136,55 @@ def test_several_loaders_are_refused():
         fit(batches=loaders, callbacks=[callback()])
 
 
+@pytest.mark.parametrize("options", [
+    {"method": "layer"}, {"max_batches": 0}, {"process_group": 7}, {"batches": torch.randn(4, 3)},
+    {"batches": [torch.randn(4, 3)], "step": 7}, {"batches": iter([]), "method": "layerwise"},
+    {"step": 7},
+], ids=str)  # fmt: skip
+def test_impossible_options_are_refused_before_training(options):
+    with pytest.raises(ArgumentError, match="expected"):
+        callback(**options)
+
+
+def test_what_cannot_work_at_the_end_is_told_at_the_start():
+    lightning = pytest.importorskip("lightning.pytorch")
+    steps = []
+
+    class Bare(lightning.LightningModule):
+        def __init__(self, *layers):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), *layers)
+
+        def training_step(self, batch, _):
+            steps.append(0)
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def run(module, told, loader=None):
+        loader = loader or torch.utils.data.DataLoader(Data(), 8)
+        lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, callbacks=[told],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(module, loader)  # fmt: skip
+
+    with pytest.raises(ArgumentError, match=r"module with a forward\(\), .*, got Bare with none"):
+        run(Bare(BatchNorm(4)), callback())
+    with pytest.raises(ArgumentError, match="expected a model with batch norm layers"):
+        run(Bare(), callback(step=lambda module, batch: module.net(batch[0])))
+    with pytest.raises(ArgumentError, match="expected one training loader"):
+        run(Bare(BatchNorm(4)), callback(), [torch.utils.data.DataLoader(Data(), 8)] * 2)
+    assert not steps
+    module = Bare(BatchNorm(4))
+    run(module, callback(step=lambda module, batch: module.net(batch[0])))
+    assert_statistics(module, Data().x)
+    module = Bare(BatchNorm(4))
+    module.forward = module.net.forward  # of this instance alone
+    run(module, callback())
+    assert_statistics(module, Data().x)
+
+
 def test_it_can_be_pickled():
     again = pickle.loads(pickle.dumps(callback(max_batches=7)))
     assert again.max_batches == 7

@@ -8,10 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 from batchnorm.errors import ArgumentError, MissingDependencyError
-from batchnorm.sync import WORLD, Group
-from batchnorm.tools.feeding import Step, call
+from batchnorm.sync import WORLD, Group, check_group
+from batchnorm.tools.feeding import Step, call, check_batches
+from batchnorm.tools.layers import every_batch_norm
 from batchnorm.tools.progress import Tell
-from batchnorm.tools.recalibrate import recalibrate
+from batchnorm.tools.recalibrate import check_options, recalibrate
 from batchnorm.tools.recalibration import Recalibration
 
 
@@ -36,8 +37,9 @@ class _Recalibrating:
         report: what `recalibrate` gave; None before.
 
     Raises:
-        ArgumentError: at the end of training, there are several training loaders and `batches` is
-            None; or as `recalibrate`.
+        ArgumentError: an option is impossible. At the start of training: there are several training
+            loaders and `batches` is None, the module has no `forward` and `step` is None, or there
+            are no batch norm layers. At the end of it, as `recalibrate`.
 
     Example:
         >>> from batchnorm.integrations.lightning import RecalibrateCallback  # doctest: +SKIP
@@ -55,6 +57,11 @@ class _Recalibrating:
         progress: bool | Tell = False,
     ) -> None:
         super().__init__()
+        # Not at the end of training, which may be days later.
+        check_group(process_group)
+        given = () if batches is None else batches
+        check_batches(given, step)
+        check_options(given, method, max_batches)
         self.batches = batches
         self.step = step
         self.method = method
@@ -63,16 +70,25 @@ class _Recalibrating:
         self.progress = progress
         self.report: Recalibration | None = None
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook: what cannot work at the end is told before the work is done."""
+        every_batch_norm(pl_module)
+        if self.batches is None:
+            _loader(trainer)
+        if self.step is None and "forward" not in vars(pl_module):
+            owner = next(base for base in type(pl_module).__mro__ if "forward" in vars(base))
+            if owner.__name__ == "LightningModule":  # under either of its two names
+                raise ArgumentError(
+                    f"expected a module with a forward(), which a batch is given to, got "
+                    f"{type(pl_module).__name__} with none; pass RecalibrateCallback(step=lambda "
+                    "module, batch: module.MODEL(batch[0]))"
+                )
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
         batches, most = self.batches, self.max_batches
         if batches is None:
-            batches = trainer.train_dataloader
-            if isinstance(batches, (dict, list, tuple)):
-                raise ArgumentError(
-                    "expected one training loader to recalibrate with, got a "
-                    f"{type(batches).__name__} of them; pass RecalibrateCallback(batches=…)"
-                )
+            batches = _loader(trainer)
             limit = trainer.num_training_batches
             if limit != float("inf"):
                 most = int(limit) if most is None else min(most, int(limit))
@@ -92,6 +108,16 @@ class _Recalibrating:
             max_batches=most,
             progress=self.progress,
         )
+
+
+def _loader(trainer: Any) -> Any:
+    loader = trainer.train_dataloader
+    if isinstance(loader, (dict, list, tuple)):
+        raise ArgumentError(
+            "expected one training loader to recalibrate with, got a "
+            f"{type(loader).__name__} of them; pass RecalibrateCallback(batches=…)"
+        )
+    return loader
 
 
 RecalibrateCallback: type[_Recalibrating]

@@ -87,7 +87,8 @@ def recalibrate(
 
     Raises:
         ArgumentError: an option is impossible, or there is no layer to recalibrate.
-        InputError: there are no batches, or too little in them; with "batch", a batch has a single
+        InputError: there are no batches, or too little in them; the step or the model's forward
+            calls train(); with "batch", a batch has a single
             value per channel; with "layerwise", passes differ in their number of batches, or
             batches in the order of the layers.
         SyncError: the processes do not agree, or did not all come.
@@ -108,7 +109,7 @@ def recalibrate(
         (True, 3)
     """
     check_batches(batches, step)
-    _check_options(batches, method, max_batches)
+    check_options(batches, method, max_batches)
     check_group(process_group)
     layers, left = _chosen(model)
     group = resolve(process_group)
@@ -137,7 +138,12 @@ def recalibrate(
     return Recalibration(method, walk.total_batches, walk.passes, reports, left)
 
 
-def _check_options(batches: Iterable[Any], method: str, max_batches: int | None) -> None:
+def check_options(batches: Iterable[Any], method: str, max_batches: int | None) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        ArgumentError: an option is impossible, or `batches` can be used once only, for "layerwise".
+    """
     if method not in METHODS:
         raise ArgumentError(f'expected method to be "batch" or "layerwise", got {method!r}')
     if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
