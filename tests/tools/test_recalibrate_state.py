@@ -37,7 +37,7 @@ def state(model):
 
 def unchanged(model, before):
     return all(
-        torch.equal(value, before[name]) or (value.isnan() == before[name].isnan()).all()
+        torch.allclose(value, before[name], rtol=0, atol=0, equal_nan=True)
         for name, value in model.state_dict().items()
     )
 
@@ -126,6 +126,26 @@ def test_an_exception_in_a_late_pass_leaves_all_as_it_was():
 
     with pytest.raises(LoaderError):
         recalibrate(model, batches, method="layerwise", step=step)
+    assert everything(model) == rest
+    assert unchanged(model, before)
+
+
+@METHODS
+@pytest.mark.parametrize("make", [BatchNorm, nn.BatchNorm1d])
+@pytest.mark.parametrize("who", ["step", "forward"])
+def test_train_within_a_pass_is_refused(method, make, who):
+    """Such a layer does not normalise by what recalibration put there, and the next are wrong."""
+    model, batches = trained(make), torch.randn(12, 3).split(4)
+    if who == "forward":
+        model[3].register_forward_hook(lambda *_: model[4].train() and None)
+    before, rest = state(model), everything(model)
+
+    def step(model, batch):
+        return (model.train() if who == "step" else model)(batch)
+
+    name = "1" if who == "step" else "4"
+    with pytest.raises(InputError, match=f"layer '{name}', .*: expected a layer in evaluation, as"):
+        recalibrate(model, batches, method=method, step=step)
     assert everything(model) == rest
     assert unchanged(model, before)
 

@@ -108,6 +108,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eager() -> Iterator[None]:
+    """What was compiled is not used: its code does not call hooks that came later."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
 def rewound() -> Iterator[None]:
     """Afterwards torch's, Python's and NumPy's random number generators are where they were.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from graphlib import CycleError, TopologicalSorter
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.sync import Synchronizer
-from batchnorm.tools.feeding import Step, rewound
+from batchnorm.tools.feeding import Step, eager, rewound
 from batchnorm.tools.progress import Tell
 from batchnorm.tools.recalibration import Part
 from batchnorm.validation import MIN_COUNT
@@ -25,7 +24,7 @@ from batchnorm.validation import MIN_COUNT
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation, none of it compiled, and no process waiting for another."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, eager():
         for module in model.modules():
             # Not eval(), which modules may override to do more, and `untouched` could not undo.
             module.training = False
@@ -34,8 +33,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 waits = module.require_forward_param_sync
                 stack.callback(setattr, module, "require_forward_param_sync", waits)
                 module.require_forward_param_sync = False
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -106,6 +103,13 @@ class Walk:
 
     def see(self, keeper: Any, compute: Callable[[], Moments]) -> None:
         """Called by each layer, before it computes anything."""
+        layer = self.parts[self.index[keeper]].layer
+        if layer.training:
+            raise InputError(
+                "expected a layer in evaluation, as recalibrate put it there, got one in train(): "
+                "the step, or the model's forward, calls train(); leave that out, or freeze the "
+                "layer"
+            )
         if keeper in self.settled:
             return
         moments = compute()
