@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm
-from batchnorm.tools.feeding import to_device, untouched
+from batchnorm.tools.feeding import eager, to_device, untouched
 from batchnorm.tools.folding.capture import capture
 from batchnorm.tools.folding.example import Example
 from batchnorm.tools.folding.plan import plan
@@ -36,12 +38,14 @@ def fold(model: nn.Module, example_inputs: Any, *, measure: bool = False) -> nn.
     The copy has the class, the structure and the names of the model; it is in eval() and only for
     evaluation. The model itself is left as it is.
 
-    Who reads whose output is learnt from torch.fx and, where Python code asks for shapes, from
-    torch.export (and holds for shapes that lead the same way): not from names or order. A layer of
-    which it is not certain stays; `fold_report` says why. Then the copy is verified: in float64 on
-    the example, on noise like it and on its first sample, again with other statistics and
-    parameters in the place of the model's, and in the model's own dtype against its own rounding
-    error.
+    Who reads whose output is learnt from torch.fx, of the whole model or of its parts, and from
+    torch.export: not from names or order. A layer of which it is not certain stays; `fold_report`
+    says why. If torch.fx cannot follow the whole model, because Python code asks for shapes or
+    values, the copy is for inputs that lead that code the same way, and a note in the report says
+    so. Then the copy is verified: in float64 on the example, on noise like it and on its first
+    sample (and, with such code, on the negative and on larger inputs), again with other statistics
+    and parameters in the place of the model's, and in the model's own dtype against its own
+    rounding error.
 
     Args:
         model: with any batch norm layers, ours or torch's. Of layers with banks the bank in use is
@@ -56,9 +60,10 @@ def fold(model: nn.Module, example_inputs: Any, *, measure: bool = False) -> nn.
         and why, how exact the copy is, and how fast.
 
     Raises:
-        ArgumentError: there are no batch norm layers, or the model is compiled, scripted, lazy or
-            without values.
-        FoldError: the copy is not the same function. Rather no model than a wrong one.
+        ArgumentError: there are no batch norm layers, or the model is compiled, scripted, wrapped
+            in DistributedDataParallel, lazy or without values.
+        FoldError: the copy is not the same function, or nothing could be compared. Rather no model
+            than a wrong one.
 
     Example:
         >>> import torch
@@ -77,8 +82,11 @@ def fold(model: nn.Module, example_inputs: Any, *, measure: bool = False) -> nn.
     example = _example(model, example_inputs)
     with untouched(model):
         prepared = _prepared(model)
-        steps, left = plan(prepared, capture(prepared, example))
-        errors = verify(prepared, steps, example)
+        with eager():
+            captured = capture(prepared, example)
+            steps, left = plan(prepared, captured)
+            note = captured.note() if steps else None
+            errors = verify(prepared, steps, example, other_ways=note is not None)
         speed = speedup(prepared, steps, example) if measure else (None, None)
         folded = rewrite(prepared, steps)
     folded.__dict__["fold_report"] = FoldReport(
@@ -87,7 +95,7 @@ def fold(model: nn.Module, example_inputs: Any, *, measure: bool = False) -> nn.
         errors.error64,
         errors.error,
         errors.original_error,
-        errors.notes,
+        (*errors.notes, *((note,) if note else ())),
         *speed,
     )
     return folded
@@ -104,6 +112,12 @@ def _check_model(model: nn.Module) -> None:
             "model._orig_mod, and compile what comes out"
         )
     every_batch_norm(model)
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ArgumentError(
+                "expected a torch.nn.Module, got one that DistributedDataParallel has wrapped"
+                f"{f' at {name!r}' if name else ''}; fold its .module"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) or tensor.is_meta:
             raise ArgumentError(
@@ -122,11 +136,12 @@ def _example(model: nn.Module, inputs: Any) -> Example:
 
 def _prepared(model: nn.Module) -> nn.Module:
     """A copy in eval(), whose layers have the statistics that the model would use now."""
-    # Pruning and the older weight_norm leave results of a computation in the model, not copied.
+    # Pruning, the older weight_norm and models that keep what they computed leave results of a
+    # computation in the model, which torch refuses to copy.
     results = [
         value
         for module in model.modules()
-        for value in module.__dict__.values()
+        for value in tree_leaves(module.__dict__)
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     prepared = copy.deepcopy(model, {id(value): value.detach().clone() for value in results}).eval()

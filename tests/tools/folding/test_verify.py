@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from batchnorm import ArgumentError, BatchNorm, BatchNormError, FoldError, fold
 from batchnorm.tools.folding import algebra, verify
@@ -220,7 +220,19 @@ def test_random_numbers_in_evaluation():
     assert count(fold(randomized(Noisy()), torch.randn(2, 3, 8, 8))) == 0
 
 
-def test_what_cannot_be_folded_at_all():
+@pytest.mark.parametrize("example", [
+    torch.full((2, 3, 8, 8), torch.nan), torch.full((2, 3, 8, 8), torch.inf), torch.ones(0, 3, 8, 8)
+])  # fmt: skip
+def test_an_example_of_which_nothing_can_be_compared(example):
+    """All of it NaN, or nothing at all: any copy would pass."""
+    with pytest.raises(FoldError, match="expected example inputs of which the model makes finite"):
+        fold(block(), example)
+    hooked = block()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert count(fold(hooked, example)) == 1  # a plain copy
+
+
+def test_what_cannot_be_folded_at_all(tmp_path):
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(ArgumentError, match="expected a model with batch norm layers"):
         fold(nn.Conv2d(3, 3, 1), x)
@@ -234,6 +246,16 @@ def test_what_cannot_be_folded_at_all():
         fold(nn.Sequential(nn.LazyConv2d(3, 1), BatchNorm(3)), x)
     with pytest.raises(ArgumentError, match="meta"):
         fold(block().to("meta"), x)
+    distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(block())
+        with pytest.raises(ArgumentError, match=r"DistributedDataParallel has wrapped; fold its"):
+            fold(parallel, x)
+        with pytest.raises(ArgumentError, match=r"has wrapped at '0'; fold its .module"):
+            fold(nn.Sequential(parallel), x)
+        assert count(fold(parallel.module, x)) == 0
+    finally:
+        distributed.destroy_process_group()
 
     class Count(nn.Sequential):
         def forward(self, x):
@@ -245,6 +267,25 @@ def test_what_cannot_be_folded_at_all():
     # The model's own error, on inputs that it does not take, as it is.
     with pytest.raises(RuntimeError, match="channels"):
         fold(block(), x[:, :2])
+
+
+def test_parts_that_are_compiled_are_not_compiled_for_each_copy():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model = randomized(block()).double().eval()
+    model[0] = torch.compile(nn.Sequential(model[0]), backend=backend)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        assert len(compiled) == 1
+        folded = fold(model, x)
+        assert len(compiled) == 1
+        torch.testing.assert_close(folded(x), expected)
+    torch._dynamo.reset()
 
 
 def test_steps_change_no_model():

@@ -50,11 +50,23 @@ class Capture:
         views: the model, or as many of its parts as can be shown, by torch.fx; and if there are
             layers that this leaves out, the model by torch.export.
         failures: why the innermost module that holds a layer could not be captured, by its name.
+        fx_failure: why torch.fx could not show the whole model, if so.
     """
 
     seen: Seen
     views: list[list[Flow]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    fx_failure: str | None = None
+
+    def note(self) -> str | None:
+        """What the flow of data depends on, if torch.fx could not show the whole model."""
+        if not self.fx_failure:
+            return None
+        return (
+            "torch.fx cannot follow the model as a whole "
+            f"({self.fx_failure}): the copy is for inputs that lead its Python code the same way "
+            "as the example does"
+        )
 
     def why_not(self, layer: str) -> str:
         """Why there is nothing to know of a layer."""
@@ -139,6 +151,8 @@ def _trace(module: nn.Module, name: str, names: dict[int, str], captured: Captur
         ]
     except Exception as error:
         captured.failures[name] = _told(error)
+        if not name:
+            captured.fx_failure = _told(error)
     else:
         if flows:
             captured.views[0] += flows

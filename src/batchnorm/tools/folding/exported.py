@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +21,7 @@ def graph(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> f
 
     What Python code asked of shapes holds for these inputs; asking for values raises.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -31,6 +34,19 @@ def graph(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> f
         else:
             builder.layer(name, list(nodes))
     return builder.graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch.export logs of a failure is told in the report."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):  # it prints, too
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _call(node: fx.Node, model: nn.Module) -> tuple[str, str | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from batchnorm.tools.folding.kinds import kind, passes
 
@@ -57,8 +57,22 @@ class _Tracer(fx.Tracer):
             for index, leaf in enumerate(self._leaves)
         ]
         args, kwargs = tree_unflatten(values, self._structure)
-        # Not the function of the class: an instance may have a forward of its own.
-        return lambda: self.root.forward(*args, **kwargs), []
+
+        def forward() -> Any:
+            # Not the function of the class: an instance may have a forward of its own.
+            output = self.root.forward(*args, **kwargs)
+            self._keep()
+            return output
+
+        return forward, []
+
+    def _keep(self) -> None:
+        """What modules keep of a forward pass, for whoever asks later, has one more reader."""
+        root: Any = self.root
+        for module in root.modules():
+            for value in tree_leaves(module.__dict__):
+                if isinstance(value, fx.Proxy) and value.tracer is self:
+                    self.create_proxy("call_function", _kept, (value,), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if kind(m) is not None:
@@ -82,6 +96,10 @@ class _Tracer(fx.Tracer):
 
 def _seen_by_a_hook(_: Any) -> None:
     """Stands for the reader that a hook is."""
+
+
+def _kept(_: Any) -> None:
+    """Stands for who reads what a module keeps."""
 
 
 class Placeholder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.errors import InputError
 from batchnorm.kernels.reference import ACTIVATIONS
@@ -100,10 +102,16 @@ def rewrite(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
     for name, weights in work.new.items():
         if name not in gone:
             put(work.modules[name], weights)
+
+    def other(value: Any) -> Any:
+        return left.get(value, value) if isinstance(value, nn.Module) else value
+
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in left:
-                parent._modules[name] = left[child]
+        parent._modules.update({name: other(child) for name, child in parent._modules.items()})
+        for name, value in parent.__dict__.items():
+            # Models call layers from plain lists, too.
+            if name != "_modules" and any(other(leaf) is not leaf for leaf in tree_leaves(value)):
+                parent.__dict__[name] = tree_map(other, value)
     return model
 
 

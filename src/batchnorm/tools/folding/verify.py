@@ -2,8 +2,9 @@
 
 Three comparisons, of which the first two do not depend on luck:
 
-1. *In float64, on several inputs*: the example; noise like it; its first sample alone. Folding is
-   exact but for rounding, so that two models that are the same function agree to many digits.
+1. *In float64, on several inputs*: the example; noise like it; its first sample alone; where Python
+   code decides the way, its negative and larger ones, too. Folding is exact but for rounding, so
+   that two models that are the same function agree to many digits.
 2. *Of a twin*, in float64: the same model with other statistics, γ, β and constant parameters,
    folded by the same plan. In a new model means and β are 0 and γ and variances are 1: a fold that
    forgets one of them would not show. Nor does any mistake in front of weights that are 0.
@@ -68,16 +69,30 @@ class Errors:
     notes: tuple[str, ...]
 
 
-def verify(model: nn.Module, steps: Sequence[Step], example: Example) -> Errors:
+def verify(
+    model: nn.Module, steps: Sequence[Step], example: Example, *, other_ways: bool = False
+) -> Errors:
     """Compare a model in evaluation with its folded form.
 
+    Args:
+        model: as it was captured.
+        steps: of the plan.
+        example: inputs.
+        other_ways: other inputs may lead Python code in the model other ways.
+
     Raises:
-        FoldError: they are not the same function; it says where and by how much.
+        FoldError: they are not the same function; it says where and by how much. Or there is
+            nothing to compare.
     """
     own = example.run(copy.deepcopy(model))
     if not any(map(is_real, own)):
         raise FoldError(
             "expected a model that puts out floating tensors, got none: nothing could be verified"
+        )
+    if steps and not any(is_real(one) and bool(one.isfinite().any()) for one in own):
+        raise FoldError(
+            "expected example inputs of which the model makes finite numbers, got none: nothing "
+            "could be verified; is the example empty, or not finite?"
         )
     unit = _unit(model, example)
     folded = _run(rewrite(copy.deepcopy(model), steps), example)
@@ -89,9 +104,9 @@ def verify(model: nn.Module, steps: Sequence[Step], example: Example) -> Errors:
         limit = UNITS_ALONE * unit
         if limit > COARSE:
             raise FoldError(f"expected a model that can be verified; {note}") from error
-        _same_function(model, steps, example, limit)
+        _same_function(model, steps, example, limit, other_ways)
         return Errors(None, _compare(own, folded, limit, OWN), 0.0, (note,))
-    error64 = _same_function(wide, steps, wide_example, FLOAT64)
+    error64 = _same_function(wide, steps, wide_example, FLOAT64, other_ways)
     if unit == torch.finfo(torch.float64).eps:
         return Errors(error64, error64, 0.0, ())
     original = max(map(_difference, truth, own))
@@ -100,7 +115,7 @@ def verify(model: nn.Module, steps: Sequence[Step], example: Example) -> Errors:
 
 
 def _same_function(
-    model: nn.Module, steps: Sequence[Step], example: Example, limit: float
+    model: nn.Module, steps: Sequence[Step], example: Example, limit: float, other_ways: bool
 ) -> float:
     """The greatest difference over several inputs, of the model and of a twin."""
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +124,9 @@ def _same_function(
         example.map(lambda x: _like(x, generator)),
         example.map(lambda x: x[:1] if x.dim() else x),
     ]
+    if other_ways:
+        changes: list[Callable[[Tensor], Tensor]] = [Tensor.neg, _more, _larger]
+        examples += map(example.map, changes)
     worst = 0.0
     for one in (model, _twin(model, steps, generator)):
         what = "itself" if one is model else "a twin with other statistics and parameters"
@@ -208,6 +226,16 @@ def _like(x: Tensor, generator: torch.Generator) -> Tensor:
     if x.numel() < 2:
         return x + noise
     return noise * x.std() + x.mean()
+
+
+def _more(x: Tensor) -> Tensor:
+    """Twice as many samples."""
+    return torch.cat([x, x]) if x.dim() else x
+
+
+def _larger(x: Tensor) -> Tensor:
+    """Twice as large along all axes but those of samples and, in most layouts, channels."""
+    return x.repeat(1, 1, *(2,) * (x.dim() - 2)) if x.dim() > 2 else x
 
 
 @torch.no_grad()

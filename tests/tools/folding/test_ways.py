@@ -1,0 +1,133 @@
+"""What is not in the flow of data: what a model keeps, and ways that the example does not go."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from batchnorm import FoldError, fold
+from folds import assert_same, count, randomized, reasons
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 4, 5, 5, dtype=torch.float64)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_layers_that_the_model_keeps_elsewhere(x):
+    """In a list that is no nn.ModuleList, or deeper."""
+
+    class Listed(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.block = Block()
+            layers = [self.block.conv, self.block.bn]
+            self.kept = {"list": layers, "dict": {"deep": (tuple(layers),)}}[how]
+
+        def forward(self, x):
+            for layer in tree_leaves(self.kept):
+                x = layer(x)
+            return x
+
+    for how in ("list", "dict"):
+        model = randomized(Listed(how)).double()
+        folded = fold(model, x)
+        assert_same(folded, model, x)
+        assert count(folded) == 0
+        assert tree_leaves(model.kept) == [model.block.conv, model.block.bn]
+        assert tree_leaves(folded.kept) == [folded.block.conv, folded.block.bn]
+
+
+@pytest.mark.parametrize("how", ["attribute", "list", "dict", "child"])
+def test_what_a_model_keeps_is_as_it_was(x, how):
+    """For whoever asks after the pass, such as a feature extractor."""
+
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.kept = Block(), None
+
+        def forward(self, x):
+            y = self.block.conv(x)
+            if how == "child":
+                self.block.kept = y
+            else:
+                self.kept = {"attribute": y, "list": [y], "dict": {"features": (y,)}}[how]
+            return self.block.bn(y)
+
+        def features(self):
+            (y,) = tree_leaves(self.block.kept if how == "child" else self.kept)
+            return y
+
+    model = randomized(Keeping()).double()
+    model(x)  # with a graph: torch refuses to copy it
+    folded = fold(model, x)
+    assert_same(folded, model, x)
+    torch.testing.assert_close(folded.features(), model.features(), rtol=0, atol=0)
+    assert "'block.conv' (Conv2d), which has 2 readers" in reasons(folded)["block.bn"]
+
+
+class Branching(nn.Module):
+    """Another way for other inputs, on which the batch norm is not."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.condition = condition
+
+    def forward(self, x):
+        return self.block[0](x) if self.condition(x) else self.block(x)
+
+
+@pytest.mark.parametrize("condition", [
+    lambda x: x.mean() < 0, lambda x: x.shape[0] > 3, lambda x: x.shape[-1] > 8,
+    lambda x: x.shape[0] == 1,
+])  # fmt: skip
+def test_other_inputs_that_go_another_way(x, condition):
+    """Where Python code decides, the example is not all there is."""
+    with pytest.raises(FoldError, match="expected the folded model to put out"):
+        fold(randomized(Branching(condition)).double(), x.abs())
+
+
+def test_ways_that_no_input_goes_are_noted(x):
+    """What Python code asks is not known; that it asks is."""
+    model = randomized(Branching(lambda x: x.shape[0] > 1000)).double()
+    folded = fold(model, x)
+    assert_same(folded, model, x)
+    (note,) = folded.fold_report.notes
+    assert note.startswith("torch.fx cannot follow the model as a whole (TraceError: ")
+    assert "lead its Python code the same way as the example does" in note
+    assert note in str(folded.fold_report)
+    assert fold(model.block, x).fold_report.notes == ()
+    # Of a model that stays as it is, nothing depends on it.
+    model.block[0].register_forward_hook(lambda *_: None)
+    assert fold(model, x).fold_report.notes == ()
+
+
+def test_nothing_is_printed(x, capfd, caplog):
+    """torch.export does when it fails; the report says why."""
+
+    class Values(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) if y.mean() < 1e9 else y
+
+    folded = fold(randomized(Values()).double(), x)
+    assert "by torch.export: " in reasons(folded)["bn"]
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
