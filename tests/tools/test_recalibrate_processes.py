@@ -139,20 +139,27 @@ def subgroup(rank):
     return state(model)
 
 
-def lost(rank):
-    """The first process has an error in its data, and leaves."""
-    model, before = network("ours"), None
+class Broken:
+    """Batches of which, on the first process, some pass ends in an error."""
 
-    def loader():
+    def __init__(self, rank, at, error):
+        self.rank, self.left, self.error = rank, at, error
+
+    def __iter__(self):
         yield from batches(0)
-        if rank == 0:
-            raise ZeroDivisionError
+        self.left -= 1
+        if self.rank == 0 and self.left == 0:
+            raise self.error
 
+
+def failed(rank, at, error=ZeroDivisionError, **options):
+    """The first process has an error in its data; all raise, and nobody waits."""
+    model = network("ours")
     before = state(model)
     try:
-        recalibrate(model, loader(), process_group="world")
-    except (SyncError, ZeroDivisionError) as error:
-        return type(error).__name__, str(error), unchanged(model, before)
+        recalibrate(model, Broken(rank, at, error), process_group="world", **options)
+    except (SyncError, error) as raised:
+        return type(raised).__name__, str(raised), unchanged(model, before)
     return None
 
 
@@ -173,7 +180,13 @@ def work(rank, world, folder):
     for kind in ("method", "frozen on one", "nothing"):
         results[f"refused {kind}"] = refused(rank, kind)
     results["subgroup"] = subgroup(rank)
-    results["lost"] = lost(rank)
+    # Each process goes on with what comes next, and the others are there, too.
+    results["failed"] = [
+        failed(rank, 1), failed(rank, 1, method="layerwise"), failed(rank, 2, method="layerwise"),
+    ]  # fmt: skip
+    results["after failures"] = pooled(rank, "ours", "batch")[0]
+    # No error that a tool should keep: the process leaves, and is waited for.
+    results["lost"] = failed(rank, 1, KeyboardInterrupt)
     torch.save(results, folder / f"rank{rank}.pt")
 
 
@@ -309,9 +322,24 @@ def test_a_group_of_one_is_alone(results):
     assert_close(results[0]["subgroup"], want)
 
 
+def test_an_error_on_one_process_is_one_on_all(results):
+    for case in range(3):
+        names = [result["failed"][case][0] for result in results]
+        assert names == ["ZeroDivisionError"] + ["SyncError"] * (len(results) - 1)
+        for result in results[1:]:
+            assert (
+                "got an error on some, which they have raised (ranks in the group: 0)"
+                in (result["failed"][case][1])
+            )
+        assert all(result["failed"][case][2] for result in results)
+    want, _ = of_one_process("ours", "batch", len(results))
+    for result in results:
+        assert_close(result["after failures"], want)
+
+
 def test_a_process_that_is_lost_leaves_all_models_as_they_were(results):
     names = [result["lost"][0] for result in results]
-    assert names == ["ZeroDivisionError"] + ["SyncError"] * (len(results) - 1)
+    assert names == ["KeyboardInterrupt"] + ["SyncError"] * (len(results) - 1)
     for result in results[1:]:
         assert "to call recalibrate; one did not" in result["lost"][1]
     assert all(result["lost"][2] for result in results)

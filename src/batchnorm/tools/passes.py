@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, SyncError
 from batchnorm.moments import Moments
 from batchnorm.sync import Synchronizer
 from batchnorm.tools.feeding import Step, eager, rewound
@@ -137,6 +137,21 @@ class Walk:
         for part in parts:
             part.clear()
         self.wanted = {part.keeper for part in parts}
+        try:
+            self._pass()
+        except Exception:
+            if self.sync is not None:
+                # The others wait for this process, and would wait until they give up.
+                with suppress(Exception):
+                    self._pool(self.sync, parts, failed=True)
+            raise
+        self.passes += 1
+        for part in parts:
+            part.merge()
+        if self.sync is not None:
+            self._pool(self.sync, parts)
+
+    def _pass(self) -> None:
         number = 0
         with rewound():
             for batch in islice(self.batches, self.max_batches):
@@ -151,14 +166,25 @@ class Walk:
                 f"expected the same batches in each pass, got {self.batches_here}, then {number}"
             )
         self.batches_here = number
-        self.passes += 1
-        for part in parts:
-            part.merge()
-        if self.sync is not None:
-            packed = [part.packed().to(parts[0].device) for part in parts]
-            everyones = self.sync.gather(torch.cat(packed))
-            for part, rows in zip(parts, everyones.split([len(p) for p in packed], 1), strict=True):
-                part.unpack(rows)
+
+    def _pool(self, sync: Synchronizer, parts: list[Part], *, failed: bool = False) -> None:
+        """Merge what all processes have.
+
+        Raises:
+            SyncError: one of them has failed.
+        """
+        packed = [part.packed().to(parts[0].device) for part in parts]
+        failures, *everyones = sync.gather(
+            torch.cat([packed[0].new_tensor([failed]), *packed])
+        ).split([1, *map(len, packed)], 1)
+        ranks = ", ".join(str(rank) for rank, of_one in enumerate(failures) if of_one.any())
+        if ranks:
+            raise SyncError(
+                "expected every process to go through its batches, got an error on some, which "
+                f"they have raised (ranks in the group: {ranks}); nothing has been changed"
+            )
+        for part, rows in zip(parts, everyones, strict=True):
+            part.unpack(rows)
 
     def _note(self) -> None:
         """The calls of a batch, in their order."""

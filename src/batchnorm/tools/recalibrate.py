@@ -91,7 +91,8 @@ def recalibrate(
             calls train(); with "batch", a batch has a single
             value per channel; with "layerwise", passes differ in their number of batches, or
             batches in the order of the layers.
-        SyncError: the processes do not agree, or did not all come.
+        SyncError: the processes do not agree, did not all come, or another one had an error; of an
+            error on one, all are told when they have gone through their batches.
 
     Warns:
         NonFiniteWarning: what came into some channels was not finite. They go without those
@@ -119,9 +120,9 @@ def recalibrate(
         for layer, name in layers.items()
         for keeper in keepers(layer)
     ]
-    if sync is not None:
-        _agree(sync, parts, method)
     with progress_of("Recalibrating", progress) as tell:
+        if sync is not None:
+            _agree(sync, parts, method)
         walk = Walk(model, batches, step or call, max_batches, parts, method, sync, tell)
         with untouched(model), evaluating(model), observe(layers, walk.see):
             walk.scout()
