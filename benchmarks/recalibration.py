@@ -26,8 +26,9 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from batchnorm import BatchNorm, Moments, figures, recalibrate
+from batchnorm import BatchNorm, Moments, recalibrate
 from batchnorm.bench.environment import environment
+from batchnorm.figures import INK, style
 from batchnorm.lab import data, plots
 
 SEEDS = range(12)
@@ -226,7 +227,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                 clip_on=False,
             )
             middle = statistics.median(errors)
-            axes.vlines(middle, -place - 0.36, -place + 0.36, color=figures.INK, linewidth=2)
+            axes.vlines(middle, -place - 0.36, -place + 0.36, color=INK, linewidth=2)
         axes.set_yticks([-place for place in range(len(ESTIMATORS))], list(ESTIMATORS))
         axes.set(title=title[0].upper() + title[1:], ylim=(-len(ESTIMATORS) + 0.4, 0.6))
         axes.grid(visible=False, axis="y")
@@ -291,7 +292,7 @@ def main() -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
         arguments.json.with_suffix(".md").write_text(text)
-        with figures.style():
+        with style():
             draw(rows).savefig(figure, metadata={"Date": None}, transparent=True)
 
 
