@@ -100,6 +100,38 @@ def test_other_inputs_that_go_another_way(x, condition):
         fold(randomized(Branching(condition)).double(), x.abs())
 
 
+def test_arguments_of_every_rank_are_changed_for_that(x):
+    """Also a number, and what has samples only."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.conv, self.bn = Block(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x, scale, each):
+            if x.shape[0] > 1000:
+                return x, x
+            y = self.conv(self.block(x * scale + each[:, None, None, None]))
+            return self.bn(y), y
+
+    model, arguments = randomized(Scaled()).double(), (x, x[0, 0, 0, 0], x[:, 0, 0, 0])
+    folded = fold(model, arguments)
+    assert "'conv' (Conv2d), which has 2 readers" in reasons(folded)["bn"]
+    assert count(folded) == 1
+    assert len(folded.fold_report.notes) == 1
+
+
+def test_what_is_returned_beside_is_a_reader(x):
+    class Both(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y), y
+
+    assert (
+        "'conv' (Conv2d), which has 2 readers" in reasons(fold(randomized(Both()), x.float()))["bn"]
+    )
+
+
 def test_ways_that_no_input_goes_are_noted(x):
     """What Python code asks is not known; that it asks is."""
     model = randomized(Branching(lambda x: x.shape[0] > 1000)).double()
