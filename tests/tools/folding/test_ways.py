@@ -90,13 +90,19 @@ class Branching(nn.Module):
         return self.block[0](x) if self.condition(x) else self.block(x)
 
 
-@pytest.mark.parametrize("condition", [
-    lambda x: x.mean() < 0, lambda x: x.shape[0] > 3, lambda x: x.shape[-1] > 8,
-    lambda x: x.shape[0] == 1,
-])  # fmt: skip
-def test_other_inputs_that_go_another_way(x, condition):
+@pytest.mark.parametrize(
+    ("condition", "which"),
+    [
+        (lambda x: x.mean() < 0, "its negative"),
+        (lambda x: x.shape[0] > 3, "twice its samples"),
+        (lambda x: x.shape[-1] > 8, "larger inputs"),
+        (lambda x: x.shape[-2] > 8, "larger inputs"),
+        (lambda x: x.shape[0] == 1, "its first sample"),
+    ],
+)
+def test_other_inputs_that_go_another_way(x, condition, which):
     """Where Python code decides, the example is not all there is."""
-    with pytest.raises(FoldError, match="expected the folded model to put out"):
+    with pytest.raises(FoldError, match=f"got output 0 in itself on {which} with an error of"):
         fold(randomized(Branching(condition)).double(), x.abs())
 
 

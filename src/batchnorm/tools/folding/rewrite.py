@@ -110,7 +110,9 @@ def rewrite(model: nn.Module, steps: Iterable[Step]) -> nn.Module:
         parent._modules.update({name: other(child) for name, child in parent._modules.items()})
         for name, value in parent.__dict__.items():
             # Models call layers from plain lists, too.
-            if name != "_modules" and any(other(leaf) is not leaf for leaf in tree_leaves(value)):
+            if name != "_modules" and any(
+                other(leaf) is not leaf for leaf in tree_leaves(value)
+            ):  # mutant: work
                 parent.__dict__[name] = tree_map(other, value)
     return model
 

@@ -119,18 +119,21 @@ def _same_function(
 ) -> float:
     """The greatest difference over several inputs, of the model and of a twin."""
     generator = torch.Generator().manual_seed(0)
-    examples = [
-        example,
-        example.map(lambda x: _like(x, generator)),
-        example.map(lambda x: x[:1] if x.dim() else x),
-    ]
+    examples = {
+        "the example": example,
+        "noise like it": example.map(lambda x: _like(x, generator)),
+        "its first sample": example.map(lambda x: x[:1] if x.dim() else x),
+    }
     if other_ways:
-        changes: list[Callable[[Tensor], Tensor]] = [Tensor.neg, _more, _larger]
-        examples += map(example.map, changes)
+        examples |= {
+            "its negative": example.map(Tensor.neg),
+            "twice its samples": example.map(_more),
+            "larger inputs": example.map(_larger),
+        }
     worst = 0.0
     for one in (model, _twin(model, steps, generator)):
         what = "itself" if one is model else "a twin with other statistics and parameters"
-        for inputs in examples:
+        for which, inputs in examples.items():
             try:
                 expected = inputs.run(copy.deepcopy(one))
             except Exception:  # not every model takes other inputs than the example
@@ -139,7 +142,7 @@ def _same_function(
                 continue
             rounding = partial(_moves, one, inputs)
             got = _run(rewrite(copy.deepcopy(one), steps), inputs)
-            worst = max(worst, _compare(expected, got, limit, what, rounding))
+            worst = max(worst, _compare(expected, got, limit, f"{what} on {which}", rounding))
     return worst
 
 
