@@ -79,6 +79,22 @@ def test_a_plan_that_does_not_fit_the_data():
         verify.verify(randomized(model), [Step("1", "0", after=False)], example)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("value", "which"), [(0.0, "noise like it"), (7.0, "the example")])
+def test_an_example_that_shows_nothing_or_all_there_is(value, which, wide):
+    """Zeros, the usual dummy input, and values that noise does not have."""
+
+    class Gated(nn.Sequential):
+        def forward(self, x):
+            there = x.amax().sign() if value == 0 else (x == value).any().to(x)
+            return super().forward(x if wide else x.float()) * there
+
+    model = randomized(Gated(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)))
+    example = Example((torch.full((2, 3, 8, 8), value),), {})
+    with pytest.raises(FoldError, match=f"output 0 in itself on {which}"):
+        verify.verify(model, [Step("0", "1", after=False)], example)
+
+
 def test_python_code_that_needs_the_layer():
     """Nothing shows that before the folded model runs."""
 

@@ -224,11 +224,12 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 
 
 def _like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal noise with the mean and the deviation of a tensor."""
+    """Normal noise with the mean and the deviation of a tensor; 1 for one without, as of zeros."""
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     if x.numel() < 2:
         return x + noise
-    return noise * x.std() + x.mean()
+    deviation = x.std()
+    return noise * torch.where(deviation == 0, 1.0, deviation) + x.mean()
 
 
 def _more(x: Tensor) -> Tensor:
