@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -15,9 +14,11 @@ from batchnorm.errors import ArgumentError
 from batchnorm.sync import Group
 from batchnorm.tools.diagnosis import configuration, processes
 from batchnorm.tools.diagnosis.examination import Examination
+from batchnorm.tools.diagnosis.modes import still
 from batchnorm.tools.feeding import Step, call, check_batches, take, untouched
 from batchnorm.tools.findings import Diagnosis, check_codes, ordered
 from batchnorm.tools.layers import every_batch_norm
+from batchnorm.tools.passes import evaluating
 
 
 def diagnose(
@@ -92,10 +93,9 @@ def diagnose(
         findings += processes.check_processes(model, process_group)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        if "torch._dynamo" in sys.modules:
-            # Compiled code does not see hooks that come later.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        examination = Examination(model, named, take(batches, max_batches), step or call)
+        taken, held = take(batches, max_batches), still(model, named)
+        stack.enter_context(evaluating(model))
+        examination = Examination(model, named, held, taken, step or call)
         examination.run()
     findings += examination.findings()
     findings = [finding for finding in findings if finding.code not in ignored]

@@ -91,20 +91,38 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
         for parameter in model.parameters()
     ]
+    # Out of inference mode, what was made in it cannot be written to: copies take its place.
+    sealed = {
+        id(buffer): value
+        for _, _, buffer, value in buffers
+        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+    }
     with torch.no_grad(), rewound():
         try:
+            for module, name, buffer, _ in buffers:
+                if id(buffer) in sealed:
+                    module._buffers[name] = sealed[id(buffer)]
             yield
         finally:
             for module, training in modes:
                 module.training = training
             for module, name, buffer, value in buffers:
-                if buffer is not None and value is not None:
+                if buffer is not None and value is not None and _writable(buffer):
                     buffer.copy_(value)
                 module._buffers[name] = buffer
             for parameter, gradient, value in gradients:
                 if gradient is not None and value is not None:
                     gradient.copy_(value)
                 parameter.grad = gradient
+
+
+def _writable(buffer: Tensor) -> bool:
+    """Not one that repeats a value (`expand`) or is of inference mode: torch lets nobody write."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    if buffer.layout is not torch.strided:
+        return True
+    return all(size < 2 or step for size, step in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 @contextmanager

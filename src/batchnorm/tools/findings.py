@@ -119,10 +119,10 @@ class Gap:
     Both without dropout. 0: they agree; 1: they differ as much as examples differ from each other.
 
     Attributes:
-        value: the gap.
-        error: its standard error, from batch to batch.
+        value: the gap; NaN where NaN or infinity is in the outputs.
+        error: its standard error, from batch to batch; NaN for one batch.
         recalibrated: the gap that would be left with exact running statistics (see `recalibrate`):
-            batches differ by chance.
+            batches differ by chance. None for one batch, of which there are no others.
         batches: how many were looked at.
     """
 

@@ -118,13 +118,19 @@ def _headline(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
 
 
 def _gap(gap: Gap) -> str:
+    if not math.isfinite(gap.value):
+        return (
+            "How far outputs of train() and eval() differ is unknown: there is NaN or infinity in "
+            f"them. From {_counted(gap.batches, 'batch', 'batches')}."
+        )
+    error = "" if math.isnan(gap.error) else f" ± {gap.error:.1g}"
     left = (
         ""
         if gap.recalibrated is None
         else f"; {gap.recalibrated:.2g} would be left with exact running statistics"
     )
     return (
-        f"Outputs of train() and eval() differ by {gap.value:.2g} ± {gap.error:.1g} (1: as much as "
+        f"Outputs of train() and eval() differ by {gap.value:.2g}{error} (1: as much as "
         f"examples differ from each other){left}. From {_counted(gap.batches, 'batch', 'batches')}."
     )
 

@@ -9,8 +9,10 @@ from batchnorm.tools.diagnosis.modes import (
     channel_axis,
     normalizing_by,
     processes_of,
+    still,
     switchable,
 )
+from batchnorm.tools.layers import every_batch_norm
 
 
 def test_what_can_be_switched():
@@ -56,3 +58,31 @@ def test_channel_axis():
 def test_alone_without_processes():
     for layer in (nn.SyncBatchNorm(3), BatchNorm(3, process_group="world"), nn.Linear(3, 3)):
         assert processes_of(layer) == 1
+
+
+def test_what_does_not_train():
+    def named(model):
+        return {name for name, layer in every_batch_norm(model) if layer in still(model, all_of)}
+
+    for how, expected in (
+        (lambda m: None, set()),
+        (lambda m: m.eval(), set()),
+        (freeze, {"0", "1.0", "1.1"}),
+        (lambda m: (freeze(m[1]), m.eval()), {"1.0", "1.1"}),
+        (lambda m: m[1].eval(), {"1.0", "1.1"}),
+        (lambda m: [layer.eval() for layer in (m[0], *m[1])], {"0", "1.0", "1.1"}),
+        (lambda m: m[1][0].eval(), {"1.0"}),
+        # All that is within was put into evaluation, and a module made around it.
+        (lambda m: (m[0].eval(), m[1].eval()), {"0", "1.0", "1.1"}),
+    ):
+        model = nn.Sequential(BatchNorm(3), nn.Sequential(nn.BatchNorm1d(3), BatchNorm(3)))
+        how(model)
+        all_of = every_batch_norm(model)
+        assert named(model) == expected
+    inner = nn.Sequential(BatchNorm(3), nn.BatchNorm1d(3)).eval()
+    wrapper = nn.Sequential(nn.Flatten(), inner)
+    assert still(wrapper, every_batch_norm(wrapper)) == set()
+    wrapper.append(BatchNorm(3))  # another one trains: those in it do not
+    assert still(wrapper, every_batch_norm(wrapper)) == set(inner)
+    without = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False).eval())
+    assert still(without, every_batch_norm(without)) == set()

@@ -93,6 +93,25 @@ def shared(rank, world):
     return codes, measured, [processes_of(m) for m in model], few
 
 
+def distributed_alone(rank):
+    """A model in DistributedDataParallel, which each process diagnoses by itself, or does not.
+
+    Their statistics differ; nobody may wait for the others, nor look at theirs.
+    """
+    model = settle(net(momentum=None), own(rank))
+    model[1].running_mean += rank
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    before = wrapped.require_forward_param_sync, wrapped.require_backward_grad_sync
+    model[1].running_mean.copy_(10 * rank * torch.ones(4))
+    if rank == 1:
+        return None
+    diagnosis = diagnose(wrapped, own(rank))
+    after = wrapped.require_forward_param_sync, wrapped.require_backward_grad_sync
+    first = diagnosis.layers[0].mean_drift
+    wrapped.eval()  # as in a training loop: else the first process waits for the others here
+    return first, before == after, list(diagnosis.notes)
+
+
 def work(rank, world, folder):
     store = f"file://{folder / 'rendezvous'}"
     distributed.init_process_group("gloo", store, rank=rank, world_size=world)
@@ -107,6 +126,7 @@ def work(rank, world, folder):
         "nobody": check_processes(
             nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), "world"
         ),
+        "alone": distributed_alone(rank),
     }
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -159,6 +179,18 @@ def test_shared_statistics(results):
         assert measured == [True, True]
         assert processes == [1, world, 1, 1, world, 1]
         assert few == [8 // world] * 2
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_others_in_data_parallel_training(results):
+    for rank, result in enumerate(results):
+        if rank == 1:
+            assert result["alone"] is None
+            continue
+        drift, same, notes = result["alone"]
+        assert same
+        assert notes == []  # also the rehearsal of a training step needed nobody
+        assert drift > 5 * rank  # σ is about 0.6: the statistics looked at are its own
 
 
 def test_alone_there_is_nothing_to_compare():

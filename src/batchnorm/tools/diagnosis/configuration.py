@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.moments import Moments
+from batchnorm.tools.diagnosis.modes import still
 from batchnorm.tools.diagnosis.statistics import BY_CHANCE, chance_of, eps_of
 from batchnorm.tools.diagnosis.trace import Origin
 from batchnorm.tools.findings import Finding
 from batchnorm.tools.freeze import is_frozen
-from batchnorm.tools.layers import is_fixed, keepers
+from batchnorm.tools.layers import keepers
 
 #: From here on the running statistics are those of hardly more than the last batch: m / (2 − m) of
 #: the batches' own spread stays in them, a third at one half. A Keras momentum of 0.9 or 0.99,
@@ -141,11 +142,8 @@ def check_weight_decay(
 
 def check_modes(model: nn.Module, layers: list[tuple[str, Any]]) -> list[Finding]:
     """BN205 and BN207: of the model as it was given."""
-    kept = [
-        (name, layer)
-        for name, layer in layers
-        if is_fixed(layer) or (layer.running_mean is not None and _still(model, layer))
-    ]
+    held = still(model, layers)
+    kept = [(name, layer) for name, layer in layers if layer in held]
     free = [(name, layer) for name, layer in layers if all(name != other for other, _ in kept)]
     found = []
     if kept and free:
@@ -178,10 +176,6 @@ def check_modes(model: nn.Module, layers: list[tuple[str, Any]]) -> list[Finding
             )
         )
     return found
-
-
-def _still(model: nn.Module, layer: Any) -> bool:
-    return is_frozen(layer) or (model.training and not layer.training)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -6,17 +6,18 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.tools.diagnosis import configuration, gap, inputs, statistics
 from batchnorm.tools.diagnosis.modes import normalizing_by, processes_of, switchable
+from batchnorm.tools.diagnosis.rehearsal import in_training, rehearse
 from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
 from batchnorm.tools.diagnosis.watch import OneValueError, Seen, Watch
 from batchnorm.tools.feeding import Step
 from batchnorm.tools.findings import Finding, Gap, LayerReport
+from batchnorm.tools.layers import keepers
 
 
 class Examination:
@@ -28,11 +29,17 @@ class Examination:
     """
 
     def __init__(
-        self, model: nn.Module, named: list[tuple[str, Any]], batches: list[Any], step: Step
+        self,
+        model: nn.Module,
+        named: list[tuple[str, Any]],
+        still: set[Any],
+        batches: list[Any],
+        step: Step,
     ) -> None:
-        self.model, self.named, self.batches, self.step = model, named, batches, step
+        self.model, self.named, self.still = model, named, still
+        self.batches, self.step = batches, step
         self.layers = [layer for _, layer in named]
-        self.switched = {layer for layer in self.layers if switchable(layer)}
+        self.switched = {layer for layer in self.layers if switchable(layer)} - still
         self.outputs = gap.Outputs(model, self.layers, step)
         self.watch = Watch(self.layers)
         self.trace, self.trace_of_training = Trace(self.layers), Trace(self.layers)
@@ -43,10 +50,10 @@ class Examination:
         self.without_bias: dict[Any, float] = {}
         self.dropout_shift: dict[Any, float] = {}
         self.counted: dict[Any, tuple[int, int]] = {}
+        self.in_training_only: set[Any] = set()
 
     def run(self) -> None:
         """All passes. The model is in evaluation, but for layers that are switched."""
-        self.model.eval()
         distances = self._compare()
         if any(seen.banked for seen in self.watch.seen.values()):
             self.notes.append(
@@ -57,7 +64,8 @@ class Examination:
         populations = {layer: self.seen(layer).population() for layer in self.switched}
         with gap.exact_statistics(populations):
             recalibrated = self.outputs.moved(set(), gap.KEPT)
-        self.gap: Gap = gap.gap_of(distances, recalibrated)
+        # One batch's own statistics are those of training, and say nothing of others.
+        self.gap: Gap = gap.gap_of(distances, recalibrated if len(self.batches) > 1 else None)
         self._measure_alone()
         self._share_out(distances)
         self._leave_out_biases()
@@ -81,6 +89,7 @@ class Examination:
         """Each batch in training and in evaluation; batches of one value are dropped."""
         distances: list[gap.Distance] = []
         kept: list[Any] = []
+        name, empty = "", 0
         for batch in self.batches:
             self.watch.next_batch()
             try:
@@ -93,19 +102,31 @@ class Examination:
                 name = self._name(error.layer)
                 self.watch.drop_batch()
                 continue
+            if not trained:
+                self.watch.drop_batch()
+                empty += 1
+                continue
             self.outputs.keep(batch, trained)
             distances.append(gap.distance(trained, self.outputs.of(batch, set())))
             kept.append(batch)
+        number = len(self.batches)
+        alone = number - len(kept) - empty
         if not kept:
+            if not alone:
+                raise InputError(
+                    f"expected batches with something in them, got {number} of which the model "
+                    "makes empty outputs"
+                )
             raise InputError(
-                f"expected batches as the model is trained with, got {len(self.batches)} with one "
-                f"value per channel for layer {name!r}, of which training has no statistics: pass "
-                "larger ones"
+                f"expected batches as the model is trained with, got {alone} with one value per "
+                f"channel for layer {name!r}, of which training has no statistics: pass larger ones"
             )
-        if dropped := len(self.batches) - len(kept):
+        if empty:
+            self.notes.append(f"{empty} of {number} batches were left out: their output is empty")
+        if alone:
             self.notes.append(
-                f"{dropped} of {len(self.batches)} batches were left out: layer {name!r} gets one "
-                "value per channel, of which training has no statistics"
+                f"{alone} of {number} batches were left out: layer {name!r} gets one value per "
+                "channel, of which training has no statistics"
             )
         self.batches = kept
         return distances
@@ -140,11 +161,11 @@ class Examination:
         most = gap.BATCHES if len(running) <= gap.MOST_LAYERS else 1
         whole = left = gap.ratio(distances[:most])
         # Processes that share statistics must run as often, whatever each one's gap is.
-        if not whole > 0 and all(processes_of(layer) == 1 for layer in running):
+        if not whole > gap.SPREAD and all(processes_of(layer) == 1 for layer in running):
             return
         for place, layer in enumerate(running, 1):
             before, left = left, self._moved(set(running[:place]), most)
-            if whole > 0:
+            if whole > gap.SPREAD:
                 self.share[layer] = (before - left) / whole
 
     def _moved(self, by_batch: set[Any], most: int = gap.BATCHES) -> float:
@@ -173,19 +194,17 @@ class Examination:
         told = [
             (layer, layer._told_nonfinite) for layer in self.layers if isinstance(layer, BatchNorm)
         ]
-        self.model.train()
         try:
-            with warnings.catch_warnings():
+            with in_training(self.model, self.still), warnings.catch_warnings():
                 # What the model warns of in training, it will warn of in training.
                 warnings.simplefilter("ignore")
                 how()
         except Exception as error:
-            reason = "".join(str(error).splitlines()[:1])
+            reason = "".join(str(error).splitlines()[:1])[:160]
             self.notes.append(
                 f"{what} looked for: a training step failed with {type(error).__name__}: {reason}"
             )
         finally:
-            self.model.eval()
             for layer, before in told:
                 layer._told_nonfinite = before
 
@@ -206,48 +225,55 @@ class Examination:
                 self.dropout_shift[layer] = float((own / without)[varies].log().mean())
 
     def _rehearse(self) -> None:
-        """One training step: how often the layers count, and how often they are called."""
-        counters = {
-            layer: int(layer.num_batches_tracked)
-            for layer in self.switched
-            if getattr(layer, "num_batches_tracked", None) is not None
-        }
-        watch = Watch(list(counters), deep=False)
-        watch.next_batch()
-        with torch.enable_grad():
-            with watch.hooks(), self.trace_of_training.hooks():
-                output = self.step(self.model, self.batches[0])
-            calls = {layer: len(watch.seen[layer].calls[0]) for layer in counters}
-            if not counters or not any(p.requires_grad for p in self.model.parameters()):
-                return
-            gap.loss_of(output).backward()
-        for layer, before in counters.items():
-            self.counted[layer] = calls[layer], int(layer.num_batches_tracked) - before
+        """One training step."""
+        calls, self.counted = rehearse(
+            self.model,
+            self.layers,
+            self.switched,
+            self.trace_of_training,
+            lambda: self.step(self.model, self.batches[0]),
+        )
+        for name, layer in self.named:
+            if calls[layer] and not self.reached(layer) and not self.seen(layer).banked:
+                self.in_training_only.add(layer)
+                self.notes.append(
+                    f"layer {name!r} is reached in training only, and was not looked at"
+                )
 
     def findings(self) -> list[Finding]:
         """Of all layers, in their order."""
         found: list[Finding] = []
         for name, layer in self.named:
-            of_buffers = statistics.check_buffers(name, layer)
-            found += of_buffers
-            if not self.reached(layer):
-                found += [] if self.seen(layer).banked else [_unreached(name)]
-                continue
+            for keeper_name, keeper in _keepers(name, layer):
+                found += statistics.check_buffers(keeper_name, keeper, still=layer in self.still)
+            if self.reached(layer):
+                broken = any(f.layer == name and f.code in ("BN103", "BN104") for f in found)
+                found += [] if broken else self._check_drift(name, layer)
+                found += self._check_use(name, layer)
+            elif not self.seen(layer).banked and layer not in self.in_training_only:
+                found.append(_unreached(name))
+        return found
+
+    def _check_drift(self, name: str, layer: Any) -> list[Finding]:
+        drift, alone, exact = self.drifts[layer], self.alone.get(layer), self.exact.get(layer)
+        still = layer in self.still
+        return statistics.check_drift(name, layer, drift, alone, exact, still=still)
+
+    def _check_use(self, name: str, layer: Any) -> list[Finding]:
+        found: list[Finding] = []
+        if layer in self.switched:
             found += configuration.check_momentum(name, layer)
-            broken = any(finding.code in ("BN103", "BN104") for finding in of_buffers)
-            if not broken:
-                drift, alone = self.drifts[layer], self.alone.get(layer)
-                found += statistics.check_drift(name, layer, drift, alone, self.exact.get(layer))
             origin, moved = self.trace.before.get(layer), self.without_bias.get(layer)
             found += configuration.check_bias(name, layer, origin, moved)
             origin, shift = self.trace_of_training.before.get(layer), self.dropout_shift.get(layer)
             found += configuration.check_dropout(name, origin, shift)
             found += self._check_calls(name, layer)
-            if layer in self.counted:
-                found += configuration.check_double_counting(name, *self.counted[layer])
-            activated = layer in self.trace.activated
-            found += inputs.check_inputs(name, layer, self.seen(layer), activated)
-        return found
+        if layer in self.counted:
+            found += configuration.check_double_counting(name, *self.counted[layer])
+        by_batch, activated = layer not in self.still, layer in self.trace.activated
+        return found + inputs.check_inputs(
+            name, layer, self.seen(layer), activated, by_batch=by_batch
+        )
 
     def _check_calls(self, name: str, layer: Any) -> list[Finding]:
         seen = self.seen(layer)
@@ -274,6 +300,13 @@ class Examination:
             gap=self.alone.get(layer),
             share=self.share.get(layer),
         )
+
+
+def _keepers(name: str, layer: Any) -> list[tuple[str, Any]]:
+    """A layer and its banks, with their names in the model."""
+    banks = keepers(layer)[1:]
+    names = [f"{name}.banks.{key}".strip(".") for key in layer.banks] if banks else []
+    return [(name, layer), *zip(names, banks, strict=True)]
 
 
 def _unreached(name: str) -> Finding:

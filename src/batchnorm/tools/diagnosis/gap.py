@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.tools.diagnosis.modes import normalizing_by
-from batchnorm.tools.feeding import Step
+from batchnorm.tools.feeding import Step, rewound
 from batchnorm.tools.findings import Gap
 
 #: Layers of which it is measured what they alone do to the output, by a pass for each of so many
@@ -23,8 +23,8 @@ from batchnorm.tools.findings import Gap
 MOST_LAYERS, BATCHES = 40, 2
 
 
-#: Examples whose outputs differ by less than this part of their size do not differ: rounding in
-#: float32, 6e-8, grows on the way through normalization.
+#: Examples whose outputs differ by less than this part of their size do not differ, and a gap that
+#: is no larger is none: rounding in float32, 6e-8, grows on the way through normalization.
 SPREAD = 1e-5
 
 #: Batches of which the outputs in training are kept, to compare with more than once.
@@ -41,7 +41,7 @@ class Outputs:
     def of(self, batch: Any, by_batch: set[Any]) -> list[Tensor]:
         """The floating outputs."""
         # The same random numbers each time: what differs is to be the layers' doing.
-        with normalizing_by(self._layers, by_batch), torch.random.fork_rng():
+        with normalizing_by(self._layers, by_batch), rewound():
             return leaves(self._step(self._model, batch))
 
     def keep(self, batch: Any, trained: list[Tensor]) -> None:
@@ -97,20 +97,20 @@ def gap_of(distances: list[Distance], recalibrated: list[Distance] | None) -> Ga
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The floating tensors in what a model gives."""
+    """The floating tensors in what a model gives; none of them if nothing is in them."""
     if dataclasses.is_dataclass(output) and not isinstance(output, (type, Mapping)):
         output = [getattr(output, f.name) for f in dataclasses.fields(output)]
     found = [
         leaf
         for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
     if not found:
         raise InputError(
             f"expected the model to give floating tensors, got {type(output).__name__}; pass step= "
             "with a function that returns what should be compared"
         )
-    return found
+    return [leaf for leaf in found if leaf.numel()]
 
 
 def leaves(output: Any) -> list[Tensor]:

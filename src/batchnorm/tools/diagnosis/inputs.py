@@ -40,14 +40,18 @@ DEAD_SHARE = 0.1
 CONSTANT = 2.0**-48
 
 
-def check_inputs(name: str, layer: Any, seen: Seen, activated: bool) -> list[Finding]:
-    """All of them."""
+def check_inputs(
+    name: str, layer: Any, seen: Seen, activated: bool, *, by_batch: bool = True
+) -> list[Finding]:
+    """All of them; of a layer that does not normalise by the batch, what matters there, too."""
     batches = seen.batches()
     found = [] if all(map(finite, seen.every_call())) else [_not_finite(name)]
-    found += check_padding(name, seen)
-    if batches:
+    if by_batch:
+        found += check_padding(name, seen)
+    if batches and by_batch:
         found += check_effective(name, layer, seen)
         found += check_between(name, seen)
+    if batches:
         found += check_dead(name, layer, seen, Moments.merge_all(batches), activated)
     return found
 

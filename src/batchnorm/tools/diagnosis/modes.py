@@ -12,11 +12,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.sync import WORLD, resolve
 from batchnorm.tools.freeze import is_frozen
+from batchnorm.tools.layers import is_fixed
 
 
 def switchable(layer: nn.Module) -> bool:
     """Whether training and evaluation differ for it at all."""
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_frozen(layer)
+
+
+def still(model: nn.Module, named: list[tuple[str, Any]]) -> set[Any]:
+    """Layers that normalise by their running statistics in training, too, and never update them.
+
+    By their class, by `freeze`, or by hand: in evaluation, in a model that is in training. Where
+    all layers are, and the modules around them, it is the outermost module that nobody put into
+    evaluation, such as a wrapper: it is no freezing.
+    """
+    for_good = {layer for _, layer in named if is_fixed(layer) or is_frozen(layer)}
+    by_hand = {
+        layer: model.get_submodule(name.rpartition(".")[0]).training
+        for name, layer in named
+        if layer.running_mean is not None and not layer.training and layer not in for_good
+    }
+    others = any(layer not in by_hand and layer not in for_good for _, layer in named)
+    if not model.training or not (others or any(by_hand.values())):
+        return for_good
+    return for_good | set(by_hand)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments, accumulation_dtype
-from batchnorm.tools.diagnosis.modes import switchable
 from batchnorm.tools.findings import Finding
 
 #: Share of the initial values (mean 0, variance 1) that may be left in running statistics. At 0.05
@@ -173,13 +172,13 @@ def never_updated(layer: Any) -> bool:
     return untouched and (count is None or int(count) == 0 or layer.__dict__.get("momentum") == 0)
 
 
-def check_buffers(name: str, layer: Any) -> list[Finding]:
-    """What the buffers alone tell: the worst of it."""
+def check_buffers(name: str, layer: Any, *, still: bool = False) -> list[Finding]:
+    """What the buffers alone tell: the worst of it. `still`: nothing is ever added to them."""
     mean, var = layer.running_mean, layer.running_var
     if mean is None:
         return []
     found = []
-    if mean.dtype in (torch.float16, torch.bfloat16) and switchable(layer):
+    if mean.dtype in (torch.float16, torch.bfloat16) and not still:
         found.append(
             Finding(
                 "BN106",
@@ -229,7 +228,13 @@ def _no_variance(name: str, below: Tensor, var: Tensor) -> Finding:
 
 
 def check_drift(
-    name: str, layer: Any, drift: Drift | None, gap: float | None, exact: float | None
+    name: str,
+    layer: Any,
+    drift: Drift | None,
+    gap: float | None,
+    exact: float | None,
+    *,
+    still: bool = False,
 ) -> list[Finding]:
     """BN105, BN102 or BN101: the first that applies.
 
@@ -239,6 +244,7 @@ def check_drift(
         drift: of its running statistics.
         gap: what it alone does to the output; None: not measured.
         exact: what it would do with the statistics of these batches; None: not measured.
+        still: it normalises by them in training, too: whatever they are, the model knows them.
     """
     if drift is None:
         return []
@@ -259,7 +265,7 @@ def check_drift(
     how_far = f"mean off by {drift.mean:.2g} σ, variance by a factor of {math.exp(drift.var):.2g}"
     if never_updated(layer):
         message = f"running statistics are as they were made ({how_far})"
-        return [Finding("BN105", "error", name, message, evidence, repair)]
+        return [Finding("BN105", "warning" if still else "error", name, message, evidence, repair)]
     left, share = initial_share(layer), drift.initial_share
     # A counter may know nothing of where the statistics came from: they must look so, too.
     if left is not None and left > INITIAL_SHARE and share is not None and share > left / 2:
@@ -269,7 +275,7 @@ def check_drift(
             f"the running statistics is still the initial 0 and 1 ({how_far})"
         )
         more = f"train longer, raise momentum, or use momentum=None; {repair}"
-        return [Finding("BN102", "warning", name, message, evidence, more)]
+        return [Finding("BN102", "info" if still else "warning", name, message, evidence, more)]
     cured = gap is not None and exact is not None and gap > MUCH and exact < (1 - CURED) * gap
     if not drift.exceeds(MEAN_DRIFT, VAR_DRIFT) and not (cured and drift.exceeds(0, 0)):
         return []
@@ -278,6 +284,10 @@ def check_drift(
         if cured
         else ""
     )
+    if still:
+        message += ". It normalises by them in training, too, so training and evaluation agree"
+        more = f"nothing, if they are meant; else unfreeze it, and {repair}"
+        return [Finding("BN101", "info", name, message, evidence, more)]
     more = (
         f"{repair}; if the batches are of another kind than the training data, a bank of "
         "statistics for them, or the training's own preprocessing"

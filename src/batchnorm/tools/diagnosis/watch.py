@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ class Watch:
             return
         axis = channel_axis(layer, x.dim())
         moments = select.moments(x, mask, axis)
+        if moments.count == 0:
+            return  # nothing is no call
         # One value per channel: frozen layers do not mind, and others' values may join it.
         alone = isinstance(layer, _BatchNorm) and processes_of(layer) == 1
         if layer.training and alone and moments.count == 1:
@@ -185,4 +188,4 @@ def _sample_means(x: Tensor, mask: Tensor | None, axis: int) -> Tensor:
 def _flat(x: Tensor, axis: int) -> Tensor:
     """(N, C, rest); where channels come first, all is one sample."""
     x = x.movedim(axis, 1) if axis else x[None]
-    return x.reshape(*x.shape[:2], -1)
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))

@@ -1,0 +1,261 @@
+"""diagnose on models that do more than compute: nothing of it reaches the user's own things."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchnorm import BatchNorm, InputError, bank, diagnose, freeze
+
+
+def data(number=4, size=32):
+    return [torch.randn(size, 6) for _ in range(number)]
+
+
+def net(norm=nn.BatchNorm1d):
+    return nn.Sequential(nn.Linear(6, 8, bias=False), norm(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def settled(model, batches, passes=60):
+    model.train()
+    with torch.no_grad():
+        for k in range(passes):
+            model(batches[k % len(batches)])
+    return model
+
+
+def state(model):
+    return {name: (id(t), t.tolist()) for name, t in model.state_dict(keep_vars=True).items()}
+
+
+class Merging(nn.Linear):
+    """As layers of low-rank adaptation: train() and eval() take its weights apart and together."""
+
+    def __init__(self):
+        super().__init__(6, 8, bias=False)
+        self.more, self.merged = nn.Parameter(torch.randn(8, 6)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += self.more.data * (-1 if self.merged else 1)
+            self.merged = not self.merged
+        return self
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.more.T
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_modes_merge_stay_as_they_are(training):
+    batches = data()
+    model = settled(nn.Sequential(Merging(), nn.BatchNorm1d(8), nn.Linear(8, 3)), batches)
+    model.train(training)
+    before, merged = state(model), model[0].merged
+    assert diagnose(model, batches).findings == ()
+    assert (state(model), model[0].merged, model[0].training) == (before, merged, training)
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_does_not():
+    batches = data()
+    model, steps = settled(net(), batches), []
+    for parameter in model.parameters():
+        own = torch.optim.SGD([parameter], 0.1)
+
+        def step(p, own=own):
+            steps.append(p)
+            own.step()
+            own.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    before = state(model)
+    diagnosis = diagnose(model, batches)
+    assert diagnosis.notes == ()  # the rehearsal took place
+    assert (state(model), steps) == (before, [])
+    model(batches[0]).square().mean().backward()
+    assert len(steps) == 5  # they are all there again
+
+
+def test_buffers_that_nobody_can_write_to():
+    batches = data()
+    model = settled(net(), batches)
+    plain = diagnose(model, batches)
+    model.register_buffer("repeated", torch.ones(1).expand(5))
+    model.register_buffer("turned", torch.zeros(3, 2, 1).permute(2, 1, 0))
+    before = state(model)
+    assert diagnose(model, batches) == plain
+    assert state(model) == before
+
+
+def test_a_model_of_inference_mode():
+    batches = data()
+    with torch.inference_mode():
+        model = settled(net(), batches)
+    before = state(model)
+    assert diagnose(model, batches).findings == ()
+    assert state(model) == before
+    with torch.inference_mode():
+        model[1].running_mean += 5
+    moved = diagnose(model, batches)
+    assert [f.code for f in moved.findings] == ["BN101"]
+    assert moved.gap.recalibrated < moved.gap.value / 2
+
+
+def test_the_same_noise_in_all_passes_whoever_makes_it():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.tensor(np.random.randn(len(x), 3)).float()
+
+    batches = data(8)
+    model = settled(Noisy(*net()), batches, 200)
+    with torch.no_grad():
+        model[1].running_mean.zero_()
+        for x in batches:
+            model[1].running_mean += model[0](x).mean(0) / len(batches)
+    assert diagnose(model, batches).gap.value < 0.1  # unlike the noises, which are 1.4 apart
+
+
+def test_empty_batches_are_left_out():
+    batches = data()
+    model = settled(net(), batches)
+    plain = diagnose(model, batches)
+    with_empty = diagnose(model, [torch.randn(0, 6), *batches, torch.randn(0, 6)])
+    assert with_empty.notes == ("2 of 6 batches were left out: their output is empty",)
+    assert (with_empty.gap, with_empty.layers) == (plain.gap, plain.layers)
+    with pytest.raises(InputError, match="batches with something in them, got 2"):
+        diagnose(model, [torch.randn(0, 6)] * 2)
+
+
+def test_a_call_with_nothing_is_none():
+    class Some(nn.Module):
+        """Its second layer gets what is large, if anything is."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None)
+
+        def forward(self, x):
+            y = self.first(x)
+            large = x[:, 0] > 0
+            return y.index_put((large,), self.second(x[large]))
+
+    rest = [torch.randn(64, 6) for _ in range(4)]
+    for x in rest[:2]:
+        x[:, 0] = -x[:, 0].abs()
+    first, second = diagnose(settled(Some(), rest), rest).layers
+    assert (first.calls, second.calls) == (1, 0.5)
+    assert second.values == sum(int((x[:, 0] > 0).sum()) for x in rest) / 2
+
+
+def test_buffers_of_banks_are_looked_at():
+    batches = data()
+    model = settled(net(BatchNorm), batches)
+    other = bank(model, "other")
+    with other:
+        settled(model, batches)
+    assert diagnose(model, batches).findings == ()
+    model[1].banks["other"].running_var[3] = -1
+    (finding,) = diagnose(model, batches).findings
+    assert (finding.code, finding.layer) == ("BN104", "1.banks.other")
+    assert finding.layer in dict(model.named_modules())
+
+
+def test_a_layer_of_training_alone_is_no_finding():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = net(), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.body(x)
+            return y + self.head(y) if self.training else y
+
+    batches = data()
+    model = settled(Auxiliary(), batches)
+    diagnosis = diagnose(model, batches)
+    assert diagnosis.findings == ()
+    assert diagnosis.notes == ("layer 'head' is reached in training only, and was not looked at",)
+    model.requires_grad_(False)  # no backward pass, but a forward pass all the same
+    assert diagnose(model, batches).findings == ()
+
+
+def test_of_one_batch_nothing_is_said_of_others():
+    batches = data(1)
+    gap = diagnose(settled(net(), batches), batches).gap
+    assert gap.recalibrated is None
+    assert np.isnan(gap.error)
+
+
+# --- layers that do not train --------------------------------------------------------------------
+
+
+def still(how):
+    batches = data(16, 64)
+    model = settled(net(), batches)
+    how(model)
+    return model
+
+
+def by_hand(model):
+    model[1].eval()
+
+
+for_good = freeze
+
+
+@pytest.mark.parametrize("how", [by_hand, for_good])
+def test_small_batches_do_frozen_layers_no_harm(how):
+    model, small = still(how), data(16, 2)
+    diagnosis = diagnose(model, small)
+    assert diagnosis.findings == ()
+    assert (diagnosis.gap.value, diagnosis.layers[0].share) == (0, None)
+    free = diagnose(still(lambda model: None), small)
+    assert "BN301" in [f.code for f in free.findings]
+
+
+@pytest.mark.parametrize("how", [by_hand, for_good])
+def test_other_data_in_front_of_frozen_layers_are_good_to_know(how):
+    model, others = still(how), [3 * x + 4 for x in data(8, 64)]
+    (finding,) = diagnose(model, others).findings
+    assert (finding.code, finding.severity) == ("BN101", "info")
+    assert "so training and evaluation agree" in finding.message
+    free = diagnose(still(lambda model: None), others)
+    assert [(f.code, f.severity) for f in free.findings] == [("BN101", "error")]
+
+
+@pytest.mark.parametrize("how", [by_hand, for_good])
+def test_frozen_layers_that_were_never_updated_or_hardly(how):
+    model = net()
+    how(model)
+    batches = [x + 5 for x in data(4, 64)]
+    assert [(f.code, f.severity) for f in diagnose(model, batches).findings] == [
+        ("BN105", "warning")
+    ]
+    model = settled(net(), batches, 3)
+    how(model)
+    assert [(f.code, f.severity) for f in diagnose(model, batches).findings] == [("BN102", "info")]
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_dropout_does_layers_no_harm_whose_statistics_do_not_depend_on_it(tracks):
+    batches = data(8, 256)
+    norm = nn.BatchNorm1d(6, track_running_stats=tracks)
+    model = nn.Sequential(norm, nn.Linear(6, 3))
+    settled(model, batches)
+    behind = nn.Sequential(nn.Dropout(0.5), *copy.deepcopy(model))
+    if tracks:
+        assert [f.code for f in diagnose(behind, batches).findings] == ["BN203"]
+        behind[1].eval()
+    assert diagnose(behind, batches).findings == ()
+
+
+def test_calls_that_differ_do_layers_no_harm_that_keep_nothing():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return self[0](x) + self[0](3 * x + 4)
+
+    model = Twice(nn.BatchNorm1d(6, track_running_stats=False))
+    assert diagnose(model, data()).findings == ()
