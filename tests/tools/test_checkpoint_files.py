@@ -307,3 +307,31 @@ def test_loading_leaves_torchs_list_of_safe_globals(model, tmp_path):
     before = set(torch.serialization.get_safe_globals())
     inspect_checkpoint(save(model.state_dict(), tmp_path / "file"))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_an_archive_that_another_tool_has_compressed(model, tmp_path):
+    """Mapped into memory, its tensors would be noise."""
+    save(model.state_dict(), tmp_path / "model.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pt") as plain,
+        zipfile.ZipFile(tmp_path / "less.pt", "w", zipfile.ZIP_DEFLATED) as less,
+    ):
+        for name in plain.namelist():
+            less.writestr(name, plain.read(name))
+    expected = inspect_checkpoint(tmp_path / "model.pt")
+    assert inspect_checkpoint(tmp_path / "less.pt") == expected
+    assert expected.findings == ()
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits(model, tmp_path, kind, dtype):
+    model[1].running_var[2] = -1
+    weights = {
+        k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()
+    }
+    path = tmp_path / f"model.{kind}"
+    save_file(weights, path) if kind == "safetensors" else torch.save(weights, path)
+    diagnosis = inspect_checkpoint(path)
+    assert names(diagnosis) == ["1", "3"]
+    assert ("BN104", "1") in [(f.code, f.layer) for f in diagnosis.findings]

@@ -128,3 +128,19 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"\[tools\]"):
         plot.drift(diagnosis(), tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    ("gap", "title"),
+    [
+        (Gap(0.5, math.nan, None, 1), "0.5"),
+        (Gap(0.5, 0.01, 0.2, 4), "0.5 ± 0.01, 0.2 with exact statistics"),
+        (Gap(math.nan, math.nan, 0.2, 4), "NaN or infinity, 0.2 with exact statistics"),
+        (Gap(math.inf, math.nan, math.nan, 4), "NaN or infinity"),
+    ],
+)
+def test_gaps_that_are_no_numbers(gap, title):
+    drawn = figure(Diagnosis((), (LayerReport("a", "BatchNorm", 3, mean_drift=0.1, gap=0.2),), gap))
+    assert drawn.get_suptitle() == f"Gap between train() and eval(): {title}"
+    legend = [text.get_text() for text in drawn.axes[1].get_legend().get_texts()]
+    assert ("the whole gap" in legend) == math.isfinite(gap.value)

@@ -150,3 +150,24 @@ def test_nothing_at_all():
     assert printed(Diagnosis((), (), notes=("No layers.",))).startswith(
         "0 batch norm layers: nothing found"
     )
+
+
+def test_gaps_that_are_none():
+    def said(*gap):
+        return " ".join(printed(Diagnosis((), (layer("a"),), Gap(*gap))).split())
+
+    nan = float("nan")
+    assert "differ by 0.5 (1: as much as examples differ from each other). From 1 batch." in said(
+        0.5, nan, None, 1
+    )
+    assert "NaN or infinity in them. From 2 batches." in said(nan, nan, nan, 2)
+    assert "NaN or infinity in them; 0.2 would be left with" in said(nan, nan, 0.2, 2)
+    assert "NaN or infinity in them." in said(float("inf"), nan, None, 2)
+
+
+def test_the_headline_tells_shares_of_either_sign():
+    """They add up to 1 with those that undo what others do, and not without."""
+    shares = {"a": -0.71, "b": 0.78, "c": 0.05, "d": 0.84, "e": 0.04}
+    layers = tuple(layer(name, share=share) for name, share in shares.items())
+    diagnosis = Diagnosis((found("BN101", "error", "b"),), layers, Gap(0.8, 0.1, 0.1, 4))
+    assert "Of that, by layer: d 84%, b 78%, a -71%." in printed(diagnosis)

@@ -188,7 +188,7 @@ def _attribution(axes: Axes, diagnosis: Diagnosis, worst: dict[str, str]) -> Non
     for label, get, look in series:
         _marks(axes, layers, worst, get, look, limits, label)
     axes.axvline(0, color=_ink(), linewidth=0.9, zorder=0)
-    if whole:
+    if whole and math.isfinite(whole):
         axes.axvline(whole, color=_ink(), linewidth=1.2, linestyle=":", label="the whole gap")
     axes.set(xlim=limits, xlabel="gap")
     axes.locator_params(axis="x", nbins=4)
@@ -252,8 +252,12 @@ def _title(diagnosis: Diagnosis) -> str:
     gap = diagnosis.gap
     if gap is None:
         return "Running statistics and those of the data"
-    left = "" if gap.recalibrated is None else f", {gap.recalibrated:.2g} with exact statistics"
-    return f"Gap between train() and eval(): {gap.value:.2g} ± {gap.error:.1g}{left}"
+    known = gap.recalibrated is not None and math.isfinite(gap.recalibrated)
+    left = f", {gap.recalibrated:.2g} with exact statistics" if known else ""
+    if not math.isfinite(gap.value):
+        return f"Gap between train() and eval(): NaN or infinity{left}"
+    error = "" if math.isnan(gap.error) else f" ± {gap.error:.1g}"
+    return f"Gap between train() and eval(): {gap.value:.2g}{error}{left}"
 
 
 def _part(diagnosis: Diagnosis, layer: LayerReport) -> float | None:

@@ -19,7 +19,7 @@ WIDTH = 110
 #: Messages under one code, and layers in the table, before the rest is only counted.
 SAME, ROWS = 5, 30
 
-#: Shares of the gap that the headline names, and how many of them.
+#: Shares of the gap that the headline names, of either sign, and how many of them.
 LARGE, NAMED = 0.1, 3
 
 _COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
@@ -118,17 +118,14 @@ def _headline(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
 
 
 def _gap(gap: Gap) -> str:
+    error = "" if math.isnan(gap.error) else f" ± {gap.error:.1g}"
+    known = gap.recalibrated is not None and math.isfinite(gap.recalibrated)
+    left = f"; {gap.recalibrated:.2g} would be left with exact running statistics" if known else ""
     if not math.isfinite(gap.value):
         return (
-            "How far outputs of train() and eval() differ is unknown: there is NaN or infinity in "
-            f"them. From {_counted(gap.batches, 'batch', 'batches')}."
+            "How far outputs of train() and eval() differ cannot be said: there is NaN or infinity "
+            f"in them{left}. From {_counted(gap.batches, 'batch', 'batches')}."
         )
-    error = "" if math.isnan(gap.error) else f" ± {gap.error:.1g}"
-    left = (
-        ""
-        if gap.recalibrated is None
-        else f"; {gap.recalibrated:.2g} would be left with exact running statistics"
-    )
     return (
         f"Outputs of train() and eval() differ by {gap.value:.2g}{error} (1: as much as "
         f"examples differ from each other){left}. From {_counted(gap.batches, 'batch', 'batches')}."
@@ -138,7 +135,7 @@ def _gap(gap: Gap) -> str:
 def _shares(layers: Sequence[LayerReport]) -> str:
     """Who has the most of the gap."""
     known = [(layer.share, layer.name or "the model") for layer in layers if layer.share]
-    large = sorted(((s, name) for s, name in known if s >= LARGE), key=lambda item: -item[0])
+    large = sorted((part for part in known if abs(part[0]) >= LARGE), key=lambda p: -abs(p[0]))
     parts = ", ".join(f"{name} {share:.0%}" for share, name in large[:NAMED])
     return f"Of that, by layer: {parts}." if parts else ""
 

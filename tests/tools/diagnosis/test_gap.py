@@ -277,3 +277,15 @@ def test_a_small_error_that_does_much_is_found():
     assert (finding.code, finding.layer, finding.severity) == ("BN101", "1", "error")
     assert finding.evidence["mean_drift"] == pytest.approx(0.3, rel=0.05)
     assert finding.evidence["gap"] > 1 > 0.5 > finding.evidence["gap_recalibrated"]
+
+
+def test_rounding_is_no_gap_and_has_no_shares():
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
+    x = 3 * torch.randn(512, 8) + 2
+    with torch.no_grad():
+        for layer, given in ((model[0], x), (model[2], model[:2](x))):
+            layer.running_mean.copy_(given.mean(0))
+            layer.running_var.copy_(given.var(0, correction=0))
+    diagnosis = diagnose(model, [x, x])
+    assert 0 < diagnosis.gap.value < 1e-5
+    assert [layer.share for layer in diagnosis.layers] == [None, None]

@@ -107,13 +107,13 @@ def _kept(place: str, prefix: str, tensors: Mapping[str, Tensor]) -> Kept | None
         keys = (join(home, name) for home in homes for name in reversed(names))
         every = (tensors.get(key) for key in keys)
         fitting = (t for t in every if t is not None and _plain(t) and t.shape == (size,))
-        return next(fitting, None)
+        return _counted(next(fitting, None))
 
     return Kept(
         place=place,
         name=prefix,
-        mean=mean,
-        var=var,
+        mean=_counted(mean),
+        var=_counted(var),
         updates=_number(count),
         weight=affine(WEIGHT),
         bias=affine(BIAS),
@@ -124,10 +124,21 @@ def _plain(tensor: Tensor) -> bool:
     """Whether it is numbers, each with a place of its own: few bytes can claim to be many."""
     return (
         tensor.is_floating_point()
+        and (tensor.dtype.itemsize > 1 or _short(tensor))
         and tensor.layout is torch.strided
         and not tensor.is_meta
         and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()
     )
+
+
+def _short(tensor: Tensor) -> bool:
+    """Whether its numbers have 8 bits: torch stores such, and does next to nothing else."""
+    return str(tensor.dtype).startswith("torch.float8")
+
+
+def _counted(tensor: Tensor | None) -> Tensor | None:
+    """As numbers that torch can work with."""
+    return tensor.float() if tensor is not None and _short(tensor) else tensor
 
 
 def _number(count: Tensor | None) -> int | None:

@@ -113,8 +113,7 @@ def _load(path: Path) -> Any:
     if path.name.endswith(".index.json"):
         return _load_shards(path)
     if head.startswith(b"PK\x03\x04"):
-        _check_archive(path)
-        return _load_torch(path, mmap=True)
+        return _load_torch(path, mmap=_check_archive(path))
     if _LEGACY in head:
         return _load_torch(path, mmap=False)
     header = int.from_bytes(head[:8], "little")
@@ -127,11 +126,17 @@ def _load(path: Path) -> Any:
     )
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse zip archives that hold no checkpoint, and those whose end is missing."""
+def _check_archive(path: Path) -> bool:
+    """Refuse zip archives that hold no checkpoint, and those whose end is missing.
+
+    Returns:
+        Whether tensors lie in it as they are: torch never compresses them, other tools may, and
+        what is compressed cannot be mapped into memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
     except zipfile.BadZipFile as error:
         raise _damaged(path, ValueError("the end of the archive is missing")) from error
     except Exception as error:  # a damaged archive may raise anything
@@ -145,6 +150,7 @@ def _check_archive(path: Path) -> None:
         raise InputError(
             f"expected a checkpoint written by torch.save, got another zip archive: {path}"
         )
+    return stored
 
 
 def _load_torch(path: Path, *, mmap: bool) -> Any:
