@@ -214,6 +214,9 @@ def test_small_batches_do_frozen_layers_no_harm(how):
     assert (diagnosis.gap.value, diagnosis.layers[0].share) == (0, None)
     free = diagnose(still(lambda model: None), small)
     assert "BN301" in [f.code for f in free.findings]
+    # Nor do batches of one, in which a layer that trains would refuse the rehearsal of a step.
+    of_one = diagnose(model, data(16, 1))
+    assert (of_one.findings, of_one.notes) == ((), ())
 
 
 @pytest.mark.parametrize("how", [by_hand, for_good])

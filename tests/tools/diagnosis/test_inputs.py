@@ -240,6 +240,16 @@ def test_not_finite(value, norm):
         assert with_.var_drift == pytest.approx(without.var_drift, rel=1e-6)
 
 
+def test_rows_that_are_alike_and_change_nothing_are_no_padding():
+    """Documents without a word of the vocabulary, as in any bag of words."""
+    words = (torch.rand(4, 512, 200) < 0.01).double() @ torch.randn(200, 32).double()
+    empty = (words == 0).all(-1)
+    assert 0.1 < float(empty.double().mean()) < 0.17
+    assert judged(nn.BatchNorm1d(32), words) == []
+    words[empty] = 3.0  # padding with something else is
+    assert [f.code for f in judged(nn.BatchNorm1d(32), words)] == ["BN303"]
+
+
 def test_padding_is_reported_with_what_it_does():
     x = torch.randn(4, 32, 3, 10)
     for batch in x:
