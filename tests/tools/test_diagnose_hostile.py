@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm, InputError, bank, diagnose, freeze
+from batchnorm import BatchNorm, InputError, bank, diagnose, freeze, recalibrate
 
 
 def data(number=4, size=32):
@@ -90,6 +90,46 @@ def test_buffers_that_nobody_can_write_to():
     assert state(model) == before
 
 
+def test_what_is_written_past_autograd_is_put_back():
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            self.codes.data += 1
+            self.none.data += 1
+            return super().forward(x)
+
+    batches = data()
+    model = Counting(*settled(net(), batches))
+    model.register_buffer("codes", torch.tensor([1.0, float("nan")]))
+    model.register_buffer("none", torch.zeros(()))
+    for tool in (diagnose, recalibrate):
+        tool(model, batches)
+        assert model.codes.tolist()[0] == 1
+        assert model.none == 0
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backward_pass_that_is_still_to_come(norm, training):
+    batches = data()
+    model = settled(net(norm), batches).train(training)
+    output = model(batches[0]).square().sum()
+    diagnose(model, batches)
+    output.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(batches[0]).square().sum().backward()
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_gradients_that_nobody_can_write_to():
+    batches = data()
+    model = settled(net(), batches)
+    gradient = model[3].bias.grad = torch.ones(1).expand(3)
+    assert diagnose(model, batches).notes == ()
+    assert model[3].bias.grad is gradient
+
+
 def test_a_model_of_inference_mode():
     batches = data()
     with torch.inference_mode():
@@ -116,6 +156,24 @@ def test_the_same_noise_in_all_passes_whoever_makes_it():
         for x in batches:
             model[1].running_mean += model[0](x).mean(0) / len(batches)
     assert diagnose(model, batches).gap.value < 0.1  # unlike the noises, which are 1.4 apart
+
+
+def test_a_model_that_draws_lots_goes_all_ways():
+    class Lots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ways = nn.ModuleList(net() for _ in range(2))
+
+        def forward(self, x):
+            return self.ways[int(torch.randint(2, ()))](x)
+
+    batches = data(16)
+    diagnosis = diagnose(settled(Lots(), batches, 200), batches)
+    assert diagnosis.findings == ()
+    calls = [layer.calls for layer in diagnosis.layers]
+    assert sum(calls) == 1
+    assert min(calls) > 0
+    assert diagnosis.gap.value < 0.5  # each batch goes the same way in training and evaluation
 
 
 def test_empty_batches_are_left_out():

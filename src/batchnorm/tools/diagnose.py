@@ -15,7 +15,7 @@ from batchnorm.sync import Group
 from batchnorm.tools.diagnosis import configuration, processes
 from batchnorm.tools.diagnosis.examination import Examination
 from batchnorm.tools.diagnosis.modes import still
-from batchnorm.tools.feeding import Step, call, check_batches, take, untouched
+from batchnorm.tools.feeding import Step, apart, call, check_batches, take, untouched
 from batchnorm.tools.findings import Diagnosis, check_codes, ordered
 from batchnorm.tools.layers import every_batch_norm
 from batchnorm.tools.passes import evaluating
@@ -94,6 +94,7 @@ def diagnose(
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         taken, held = take(batches, max_batches), still(model, named)
+        stack.enter_context(apart(model))
         stack.enter_context(evaluating(model))
         examination = Examination(model, named, held, taken, step or call)
         examination.run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -83,46 +83,80 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else buffer.detach().clone(), _writes(buffer))
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
     gradients = [
-        (parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
-        for parameter in model.parameters()
+        (p, p.grad, None if p.grad is None else p.grad.clone(), _writes(p.grad))
+        for p in model.parameters()
     ]
-    # Out of inference mode, what was made in it cannot be written to: copies take its place.
-    sealed = {
-        id(buffer): value
-        for _, _, buffer, value in buffers
-        if buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-    }
     with torch.no_grad(), rewound():
         try:
-            for module, name, buffer, _ in buffers:
-                if id(buffer) in sealed:
-                    module._buffers[name] = sealed[id(buffer)]
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for module, name, buffer, value in buffers:
-                if buffer is not None and value is not None and _writable(buffer):
-                    buffer.copy_(value)
+            for module, name, buffer, value, writes in buffers:
+                _put_back(buffer, value, writes)
                 module._buffers[name] = buffer
-            for parameter, gradient, value in gradients:
-                if gradient is not None and value is not None:
-                    gradient.copy_(value)
+            for parameter, gradient, value, writes in gradients:
+                _put_back(gradient, value, writes)
                 parameter.grad = gradient
 
 
-def _writable(buffer: Tensor) -> bool:
-    """Not one that repeats a value (`expand`) or is of inference mode: torch lets nobody write."""
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+def _writes(tensor: Tensor | None) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _put_back(tensor: Tensor | None, value: Tensor | None, writes: int) -> None:
+    # What nobody has written to may be such that nobody can (`expand`); and autograd refuses a
+    # backward pass that needs what has been. Who writes to `.data` is not counted.
+    if tensor is None or value is None or (_writes(tensor) == writes and _alike(tensor, value)):
+        return
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(value)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit; False where that cannot be seen."""
+    if one.layout is not torch.strided or one.is_meta or one.is_quantized:
         return False
-    if buffer.layout is not torch.strided:
-        return True
-    return all(size < 2 or step for size, step in zip(buffer.shape, buffer.stride(), strict=True))
+
+    def octets(tensor: Tensor) -> Tensor:
+        flat = tensor.detach().flatten()
+        return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+    return torch.equal(octets(one), octets(other))
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Within, buffers are copies, and there are no gradients: nobody writes to the model's own.
+
+    Then a backward pass that is still to come finds what it needs, and tensors of inference mode,
+    which nobody can write to, are no obstacle.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    copies = {id(b): b.detach().clone() for _, _, b in buffers if b is not None}
+    try:
+        for module, name, buffer in buffers:
+            if buffer is not None:
+                module._buffers[name] = copies[id(buffer)]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 @contextmanager
@@ -147,3 +181,14 @@ def rewound() -> Iterator[None]:
             numpy: Any = sys.modules["numpy"]
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         yield
+
+
+def seed(number: int) -> None:
+    """Begin random numbers anew, within `rewound`."""
+    # Not torch.manual_seed, which also seeds devices whose numbers nobody would put back.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    random.seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number)

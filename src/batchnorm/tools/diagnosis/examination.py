@@ -90,14 +90,14 @@ class Examination:
         distances: list[gap.Distance] = []
         kept: list[Any] = []
         name, empty = "", 0
-        for batch in self.batches:
+        for index, batch in enumerate(self.batches):
             self.watch.next_batch()
             try:
                 with ExitStack() as stack:
                     stack.enter_context(self.watch.hooks())
                     if not kept:
                         stack.enter_context(self.trace.hooks())
-                    trained = self.outputs.of(batch, self.switched)
+                    trained = self.outputs.of(batch, index, self.switched)
             except OneValueError as error:
                 name = self._name(error.layer)
                 self.watch.drop_batch()
@@ -106,8 +106,8 @@ class Examination:
                 self.watch.drop_batch()
                 empty += 1
                 continue
-            self.outputs.keep(batch, trained)
-            distances.append(gap.distance(trained, self.outputs.of(batch, set())))
+            self.outputs.keep(batch, index, trained)
+            distances.append(gap.distance(trained, self.outputs.of(batch, index, set())))
             kept.append(batch)
         number = len(self.batches)
         alone = number - len(kept) - empty

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.tools.diagnosis.modes import normalizing_by
-from batchnorm.tools.feeding import Step, rewound
+from batchnorm.tools.feeding import Step, rewound, seed
 from batchnorm.tools.findings import Gap
 
 #: Layers of which it is measured what they alone do to the output, by a pass for each of so many
@@ -36,22 +36,29 @@ class Outputs:
 
     def __init__(self, model: nn.Module, layers: list[Any], step: Step) -> None:
         self._model, self._layers, self._step = model, layers, step
-        self._kept: list[tuple[Any, list[Tensor]]] = []
+        self._kept: list[tuple[Any, int, list[Tensor]]] = []
 
-    def of(self, batch: Any, by_batch: set[Any]) -> list[Tensor]:
-        """The floating outputs."""
-        # The same random numbers each time: what differs is to be the layers' doing.
+    def of(self, batch: Any, number: int, by_batch: set[Any]) -> list[Tensor]:
+        """The floating outputs.
+
+        For a batch of a number the same random numbers each time: what differs is to be the layers'
+        doing. Others for other batches, or a model that draws lots would always go one way.
+        """
         with normalizing_by(self._layers, by_batch), rewound():
+            seed(number)
             return leaves(self._step(self._model, batch))
 
-    def keep(self, batch: Any, trained: list[Tensor]) -> None:
+    def keep(self, batch: Any, number: int, trained: list[Tensor]) -> None:
         """Remember what a batch gives in training, if it is one of the first."""
         if len(self._kept) < KEPT:
-            self._kept.append((batch, trained))
+            self._kept.append((batch, number, trained))
 
     def moved(self, by_batch: set[Any], most: int) -> list[Distance]:
         """How far the outputs move from those kept, if only these layers normalise by the batch."""
-        return [distance(trained, self.of(batch, by_batch)) for batch, trained in self._kept[:most]]
+        return [
+            distance(trained, self.of(batch, number, by_batch))
+            for batch, number, trained in self._kept[:most]
+        ]
 
 
 Distance = tuple[float, float]

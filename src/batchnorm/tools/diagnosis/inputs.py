@@ -30,9 +30,9 @@ RARE = 3.09
 #: Values that a channel must have had before it is said never to pass: one in a hundred would have.
 MANY_VALUES = 500
 
-#: Of all positions, before padding is worth a word; and what it must do to the mean (in σ) or to the
-#: variance (in ln): documents without a word of the vocabulary, one in eight, are no padding, and do
-#: 0.02 and 0.14. Two fifths of padding in sequences of digits do 0.3 and more.
+#: Of all positions, before padding is worth a word; and what it must do to the mean (in σ) or to
+#: the variance (in ln): documents without a word of the vocabulary, one in eight, are no padding,
+#: and do 0.02 and 0.14. Two fifths of padding in sequences of digits do 0.3 and more.
 PADDED_SHARE, PADDED_MEAN, PADDED_VAR = 0.05, 0.1, 0.2
 
 #: Of a layer's channels.
