@@ -47,6 +47,13 @@ def keepers(layer: _BatchNorm) -> list[Any]:
     return [layer, *(banks.values() if banks is not None else ())]
 
 
+def named_keepers(name: str, layer: Any) -> list[tuple[str, Any]]:
+    """A layer and its banks, with their names in the model."""
+    banks = keepers(layer)[1:]
+    names = [f"{name}.banks.{key}".strip(".") for key in layer.banks] if banks else []
+    return [(name, layer), *zip(names, banks, strict=True)]
+
+
 def own_batch_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:
     """All layers of our class, for what only they can do.
 

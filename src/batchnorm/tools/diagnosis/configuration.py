@@ -246,3 +246,15 @@ def check_double_counting(name: str, calls: int, counted: int) -> list[Finding]:
             f"1 − (1 − m)^(1/{counted / max(calls, 1):g})",
         )
     ]
+
+
+def unreached(name: str) -> Finding:
+    """BN208."""
+    return Finding(
+        "BN208",
+        "info",
+        name,
+        "no batch reached this layer",
+        {},
+        "if the model uses it in training only, look at it there; else it can go",
+    )

@@ -17,7 +17,7 @@ from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
 from batchnorm.tools.diagnosis.watch import OneValueError, Seen, Watch
 from batchnorm.tools.feeding import Step
 from batchnorm.tools.findings import Finding, Gap, LayerReport
-from batchnorm.tools.layers import keepers
+from batchnorm.tools.layers import named_keepers
 
 
 class Examination:
@@ -244,14 +244,14 @@ class Examination:
         """Of all layers, in their order."""
         found: list[Finding] = []
         for name, layer in self.named:
-            for keeper_name, keeper in _keepers(name, layer):
+            for keeper_name, keeper in named_keepers(name, layer):
                 found += statistics.check_buffers(keeper_name, keeper, still=layer in self.still)
             if self.reached(layer):
                 broken = any(f.layer == name and f.code in ("BN103", "BN104") for f in found)
                 found += [] if broken else self._check_drift(name, layer)
                 found += self._check_use(name, layer)
             elif not self.seen(layer).banked and layer not in self.in_training_only:
-                found.append(_unreached(name))
+                found.append(configuration.unreached(name))
         return found
 
     def _check_drift(self, name: str, layer: Any) -> list[Finding]:
@@ -300,24 +300,6 @@ class Examination:
             gap=self.alone.get(layer),
             share=self.share.get(layer),
         )
-
-
-def _keepers(name: str, layer: Any) -> list[tuple[str, Any]]:
-    """A layer and its banks, with their names in the model."""
-    banks = keepers(layer)[1:]
-    names = [f"{name}.banks.{key}".strip(".") for key in layer.banks] if banks else []
-    return [(name, layer), *zip(names, banks, strict=True)]
-
-
-def _unreached(name: str) -> Finding:
-    return Finding(
-        "BN208",
-        "info",
-        name,
-        "no batch reached this layer",
-        {},
-        "if the model uses it in training only, look at it there; else it can go",
-    )
 
 
 def _channels(layer: Any) -> int:
