@@ -124,7 +124,9 @@ TESTS = {
     "tools/diagnosis/processes.py": ["tools/diagnosis/test_processes.py"],
     "tools/diagnosis/statistics.py": ["tools/diagnosis/test_statistics.py", *DIAGNOSE],
     "tools/diagnosis/trace.py": ["tools/diagnosis/test_trace.py", *DIAGNOSE],
+    "tools/diagnosis/rehearsal.py": ["tools/test_diagnose_hostile.py", *DIAGNOSE],
     "tools/diagnosis/watch.py": ["tools/diagnosis/test_watch.py", *DIAGNOSE],
+    "tools/diagnosis/whole.py": ["tools/diagnosis/test_whole.py"],
     "tools/fold.py": [
         "tools/folding/test_plan.py", "tools/folding/test_verify.py", "tools/test_fold.py",
     ],

@@ -150,7 +150,7 @@ def test_exit_status_is_by_fail_on(checkpoint, healthy):
 def test_a_file_without_layers_says_so(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "none.pt")
     code, out, _ = run("inspect", tmp_path / "none.pt")
-    assert code == 0
+    assert code == 2  # not the file that was meant
     assert "0 batch norm layers" in out
     assert "nothing in the file is called running_mean" in " ".join(out.split())
 

@@ -47,6 +47,20 @@ def test_refusals_say_what_to_do():
         (lambda: diagnose("model", batches), "expected a torch.nn.Module, got str"),
         (lambda: diagnose(model, batches[0]), "got one Tensor; put it in a list"),
         (lambda: diagnose(model, {"x": batches[0]}), "got one dict; put it in a list"),
+        (
+            lambda: diagnose(model, [batches[0], torch.zeros(len(batches[0]))]),
+            "looks like one: tensors of shapes.*put it in a list",
+        ),
+        (
+            lambda: diagnose(model, (batches[0], torch.zeros(len(batches[0]), 1).long())),
+            "looks like one",
+        ),
+        (lambda: diagnose(model, batches, optimizer=(0.1,)), "an optimizer, got tuple"),
+        (
+            lambda: diagnose(model, batches, optimizer=torch.optim.SGD(net().parameters(), 0.1)),
+            "none of the model's parameters",
+        ),
+        (lambda: diagnose(torch.jit.script(model), batches), "torch.jit has compiled"),
         (lambda: diagnose(model, batches, step=3), "step to be a function.*got 3"),
         (lambda: diagnose(model, batches, max_batches=0), "max_batches of at least 1, got 0"),
         (lambda: diagnose(model, batches, ignore=["BN999"]), "codes of findings.*BN999"),
@@ -77,7 +91,9 @@ def test_outputs_that_cannot_be_compared_are_refused():
             return y[y[:, 0] > 0]
 
     batches = data(6)
-    with pytest.raises(InputError, match="model to give floating tensors, got Tensor; pass step="):
+    with pytest.raises(
+        InputError, match=r"floating tensors, got a tensor of torch\.int64; pass step="
+    ):
         diagnose(Labels(*net()), batches)
     with pytest.raises(InputError, match=r"outputs of the same shapes.*pass step="):
         diagnose(Cut(*net()), batches)

@@ -15,7 +15,7 @@ from rich.console import Console
 from batchnorm._version import __version__
 from batchnorm.cli.load import load
 from batchnorm.cli.printing import print_text
-from batchnorm.cli.status import FOUND
+from batchnorm.cli.status import FOUND, MISUSED
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.tools.findings import SEVERITIES, Diagnosis, check_codes
 
@@ -74,6 +74,8 @@ def add(app: typer.Typer) -> None:
         codes = _checked(json, fail_on, ignore)
         diagnosis = inspect_checkpoint(file, ignore=codes)
         _finish(diagnosis, str(file), {"file": str(file)}, json, fail_on)
+        if not diagnosis.layers:  # not what was meant, and nothing to be right
+            raise typer.Exit(MISUSED)
         _leave(diagnosis, fail_on)
 
     @app.command("diagnose", help=DIAGNOSE_HELP)
@@ -111,6 +113,7 @@ def add(app: typer.Typer) -> None:
 
         codes = _checked(json, fail_on, ignore)
         if plot:
+            _make_folder(plot)
             check_file(plot)
         net = load(model, "MODEL")
         if not isinstance(net, nn.Module):
@@ -150,13 +153,18 @@ def _checked(path: Path | None, fail_on: str, ignore: list[str] | None) -> froze
     if path:
         if path.suffix != ".json" or path.is_dir():
             raise ArgumentError(f"expected a file that ends in .json in --json, got {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(
-                f"expected a directory for {path}, got: {error.strerror}; choose another file"
-            ) from error
-    return check_codes([code for given in ignore or () for code in given.split(",") if code])
+        _make_folder(path)
+    codes = [code for given in ignore or () for code in given.upper().split(",") if code]
+    return check_codes(codes)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"expected a directory for {path}, got: {error.strerror}; choose another file"
+        ) from error
 
 
 def _finish(

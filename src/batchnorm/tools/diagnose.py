@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import ArgumentError
 from batchnorm.sync import Group
-from batchnorm.tools.diagnosis import configuration, processes
+from batchnorm.tools.diagnosis import configuration, processes, whole
 from batchnorm.tools.diagnosis.examination import Examination
 from batchnorm.tools.diagnosis.modes import still
 from batchnorm.tools.feeding import Step, apart, call, check_batches, take, untouched
@@ -62,7 +62,7 @@ def diagnose(
 
     Raises:
         ArgumentError: there are no batch norm layers, a lazy one has not run yet, `batches` is one
-            batch, or a code does not exist.
+            batch, a code does not exist, or the optimizer is not the model's.
         InputError: there are no batches, or none that training has statistics of; or the model
             gives nothing that could be compared.
 
@@ -87,6 +87,7 @@ def diagnose(
     ignored = check_codes(ignore)
     if max_batches < 1:
         raise ArgumentError(f"expected max_batches of at least 1, got {max_batches}")
+    configuration.check_optimizer(model, optimizer)
     findings = configuration.check_modes(model, named)
     findings += configuration.check_weight_decay(named, optimizer)
     if process_group is not None:
@@ -99,6 +100,7 @@ def diagnose(
         examination = Examination(model, named, held, taken, step or call)
         examination.run()
     findings += examination.findings()
+    findings += whole.check_gap(examination.gap, findings, examination.reports())
     findings = [finding for finding in findings if finding.code not in ignored]
     return Diagnosis(
         ordered(findings),

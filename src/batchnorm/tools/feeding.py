@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -55,8 +55,20 @@ def check_batches(batches: Any, step: Step | None) -> None:
             f"expected batches, such as a DataLoader or a list of them, got one "
             f"{type(batches).__name__}; put it in a list"
         )
+    if isinstance(batches, (tuple, list)) and _is_one(batches):
+        raise ArgumentError(
+            "expected batches, such as a DataLoader or a list of them, got what looks like one: "
+            f"tensors of shapes {', '.join(str(tuple(t.shape)) for t in batches)}; put it in a list"
+        )
     if step is not None and not callable(step):
         raise ArgumentError(f"expected step to be a function of model and batch, got {step!r}")
+
+
+def _is_one(batches: Sequence[Any]) -> bool:
+    """Whether these are the fields of one batch: tensors that are not all of one kind."""
+    if not all(isinstance(batch, Tensor) for batch in batches):
+        return False
+    return len({(batch.dim(), batch.is_floating_point()) for batch in batches}) > 1
 
 
 def take(batches: Iterable[Any], most: int) -> list[Any]:

@@ -37,6 +37,7 @@ CODES: dict[str, str] = {
     "BN305": "input is not finite",
     "BN306": "variance of the input is below ε",
     "BN307": "mean of the input is far above its standard deviation",
+    "BN308": "outputs in training depend on the rest of the batch",
 }
 
 

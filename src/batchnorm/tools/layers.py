@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,6 +35,11 @@ def check_module(model: Any) -> None:
 
 
 def _none(model: nn.Module) -> str:
+    if isinstance(model, torch.jit.ScriptModule):
+        return (
+            "expected a torch.nn.Module, got one that torch.jit has compiled, into which nothing "
+            "here looks; use the model that it was made of"
+        )
     return (
         "expected a model with batch norm layers (batchnorm.BatchNorm, torch.nn.BatchNorm…), "
         f"got a {type(model).__name__} with none"
@@ -65,7 +71,7 @@ def own_batch_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:
         if not isinstance(layer, BatchNorm):
             raise ArgumentError(
                 f"expected every batch norm layer to be a batchnorm.BatchNorm, got "
-                f"{type(layer).__name__} at {name!r}; put BatchNorm there (its state dict fits)"
+                f"{type(layer).__name__} at {name!r}; convert(model) first"
             )
         found.append((name, layer))
     return found

@@ -26,10 +26,10 @@ def test_distance_is_in_units_of_the_examples_spread():
     x, y = a.numpy(), b.numpy()
     expected = ((x - y) ** 2).mean() / ((x - x.mean(0)) ** 2).mean()
     apart, spread = distance([a], [b])
-    assert (apart, spread) == (pytest.approx(expected, rel=1e-12), 1)
+    assert (apart, spread) == (pytest.approx(16 * expected, rel=1e-12), 16)
     # Several outputs count alike, however large they are.
     apart, spread = distance([a, 1e6 * a], [b, 1e6 * b])
-    assert (apart, spread) == (pytest.approx(2 * expected, rel=1e-12), 2)
+    assert (apart, spread) == (pytest.approx(32 * expected, rel=1e-12), 32)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_distance_is_in_units_of_the_examples_spread():
         # No examples to differ: the output itself is the measure.
         (torch.tensor(4.0), torch.tensor(3.0), (1 / 16, 1)),
         (torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 6.0]]), (0.5 / 1, 1)),
-        (torch.full((4, 2), 4.0), torch.full((4, 2), 3.0), (1 / 16, 1)),
+        (torch.full((4, 2), 4.0), torch.full((4, 2), 3.0), (4 / 16, 4)),
         # They differ by rounding only.
-        (4 + 1e-6 * torch.eye(4).double(), torch.full((4, 4), 3.0).double(), (1 / 16, 1)),
+        (4 + 1e-6 * torch.eye(4).double(), torch.full((4, 4), 3.0).double(), (4 / 16, 4)),
         (torch.zeros(4, 2), torch.zeros(4, 2), (0, 0)),
         # What training itself makes infinite says nothing.
         (torch.tensor([[1.0], [math.inf]]), torch.ones(2, 1), (0, 0)),
@@ -60,6 +60,16 @@ def test_shapes_must_agree():
     for one, other in (([x], [x, x]), ([x], [x[:3]])):
         with pytest.raises(InputError, match=r"same shapes.*pass step="):
             distance(one, other)
+
+
+def test_a_short_batch_counts_for_less():
+    a, b = torch.randn(64, 3).double(), torch.randn(64, 3).double()
+    c, d = torch.randn(2, 3).double(), 100 * torch.randn(2, 3).double()
+    long, short = (
+        (x - y).square().mean() / (x - x.mean(0)).square().mean() for x, y in ((a, b), (c, d))
+    )
+    expected = math.sqrt((64 * float(long) + 2 * float(short)) / 66)
+    assert ratio([distance([a], [b]), distance([c], [d])]) == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.lists(st.floats(1e-6, 100), min_size=2, max_size=8))

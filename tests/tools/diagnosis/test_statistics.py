@@ -180,7 +180,10 @@ def test_never_updated(x):
     new = nn.BatchNorm1d(6)
     assert never_updated(new)
     assert never_updated(layer_with([0.0], [1.0], momentum=0.0))
-    assert not never_updated(layer_with([0.0], [1.0]))  # it may be data of that kind
+    # A state dict may have brought the counter alone; or it is data of that kind.
+    (finding,) = judged(layer_with([0.0] * 6, [1.0] * 6), x)
+    assert finding.code == "BN105"
+    assert judged(layer_with([0.0] * 6, [1.0] * 6), (x - x.mean(0)) / x.std(0)) == []
     for attribute in ("running_mean", "running_var"):
         loaded = nn.BatchNorm1d(6)
         getattr(loaded, attribute)[2] = 0.5

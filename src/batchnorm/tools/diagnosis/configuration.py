@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.errors import ArgumentError
 from batchnorm.moments import Moments
 from batchnorm.tools.diagnosis.modes import still
 from batchnorm.tools.diagnosis.statistics import BY_CHANCE, chance_of, eps_of
@@ -104,6 +105,24 @@ def check_dropout(name: str, origin: Origin | None, shift: float | None) -> list
             "put dropout after the last batch normalization, or lower p",
         )
     ]
+
+
+def check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Refuse what is no optimizer, or that of another model.
+
+    Raises:
+        ArgumentError: it is.
+    """
+    if optimizer is None:
+        return
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise ArgumentError(f"expected an optimizer, got {type(optimizer).__name__}")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ArgumentError(
+            "expected the model's optimizer, got one with none of the model's parameters; make it "
+            "of model.parameters() after the model is what it will be"
+        )
 
 
 def check_weight_decay(

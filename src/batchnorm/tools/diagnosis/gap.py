@@ -62,11 +62,12 @@ class Outputs:
 
 
 Distance = tuple[float, float]
-"""Squared distance of two outputs, and the squared spread of the first over examples."""
+"""Squared distance of two outputs in units of the first one's squared spread over examples, times
+the number of examples; and that number."""
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> Distance:
-    """Of outputs of the same batch; several tensors count alike."""
+    """Of outputs of the same batch; several tensors count alike, a short batch for less."""
     if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=False)):
         raise InputError(
             "expected outputs of the same shapes in training and evaluation of batch norm layers, "
@@ -80,8 +81,9 @@ def distance(one: list[Tensor], other: list[Tensor]) -> Distance:
             # A single number per batch, such as a loss, has no examples: it is its own measure.
             size = whole
         if 0 < size < math.inf:
-            apart += float((a - b).square().mean()) / size
-            spread += 1.0
+            number = len(a) if a.dim() else 1
+            apart += number * float((a - b).square().mean()) / size
+            spread += number
     return apart, spread
 
 
@@ -114,10 +116,14 @@ def tensors(output: Any) -> list[Tensor]:
     ]
     if not found:
         raise InputError(
-            f"expected the model to give floating tensors, got {type(output).__name__}; pass step= "
+            f"expected the model to give floating tensors, got {_kind(output)}; pass step= "
             "with a function that returns what should be compared"
         )
     return [leaf for leaf in found if leaf.numel()]
+
+
+def _kind(output: Any) -> str:
+    return f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
 
 
 def leaves(output: Any) -> list[Tensor]:

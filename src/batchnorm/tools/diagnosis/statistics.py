@@ -33,6 +33,10 @@ BY_CHANCE = 4.0
 #: mean's small error and lose the spread: 0.2 σ of pixels may be 2 σ of what a pooled layer gives.
 LITTLE, MUCH = 0.1, 0.5
 
+#: As much as examples differ from each other: from there on it is an error, too, however little the
+#: statistics are off.
+WHOLE = 1.0
+
 #: Share of that which exact statistics must take away before it is put down to the running ones.
 CURED = 0.5
 
@@ -166,10 +170,9 @@ def initial_share(layer: Any) -> float | None:
 
 
 def never_updated(layer: Any) -> bool:
-    """Whether the running statistics are as a new layer's."""
-    count = getattr(layer, "num_batches_tracked", None)
-    untouched = not bool(layer.running_mean.any()) and bool((layer.running_var == 1).all())
-    return untouched and (count is None or int(count) == 0 or layer.__dict__.get("momentum") == 0)
+    """Whether the running statistics are as a new layer's, whatever the counter says."""
+    # A state dict may have brought the counter and not the statistics.
+    return not bool(layer.running_mean.any()) and bool((layer.running_var == 1).all())
 
 
 def check_buffers(name: str, layer: Any, *, still: bool = False) -> list[Finding]:
@@ -207,7 +210,7 @@ def _not_finite(name: str, broken: Tensor) -> Finding:
         "error",
         name,
         f"running statistics of {len(channels)} of {len(broken)} channels are NaN or infinite: "
-        "evaluation gives the same there",
+        "evaluation gives NaN there",
         {"channels": channels[:20], "number": len(channels)},
         "recalibrate(model, batches); BatchNorm keeps NaN out of them in training",
     )
@@ -263,7 +266,9 @@ def check_drift(
         evidence["updates"] = int(count)
     repair = "recalibrate(model, batches) computes them exactly"
     how_far = f"mean off by {drift.mean:.2g} σ, variance by a factor of {math.exp(drift.var):.2g}"
-    if never_updated(layer):
+    counted = bool(count) and layer.__dict__.get("momentum") != 0
+    # With a counter that says otherwise, data of mean 0 and variance 1 look the same.
+    if never_updated(layer) and not (counted and not drift.exceeds(MEAN_DRIFT, VAR_DRIFT)):
         message = f"running statistics are as they were made ({how_far})"
         return [Finding("BN105", "warning" if still else "error", name, message, evidence, repair)]
     left, share = initial_share(layer), drift.initial_share
@@ -292,5 +297,6 @@ def check_drift(
         f"{repair}; if the batches are of another kind than the training data, a bank of "
         "statistics for them, or the training's own preprocessing"
     )
-    severity = "error" if gap is None or not gap <= LITTLE else "warning"
+    far = drift.exceeds(MEAN_DRIFT, VAR_DRIFT)
+    severity = "error" if gap is None or not gap <= (LITTLE if far else WHOLE) else "warning"
     return [Finding("BN101", severity, name, message, evidence, more)]
