@@ -81,6 +81,13 @@ def _stale() -> Any:
     return model, data, {}
 
 
+@case("a learning rate that was high to the end", "BN101")
+def _reckless() -> Any:
+    model, data = Residual(), batches(IMAGE, 16)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    return train(model, data, steps=80, optimizer=optimizer, ends_low=False), data, {}
+
+
 @case("one layer's statistics loaded into another", "BN101", layer="blocks.0.4")
 def _swapped() -> Any:
     model, data, _ = trained(Residual, IMAGE)
@@ -152,6 +159,17 @@ def _sorted() -> Any:
     x, y = x[order].reshape(-1, *IMAGE), y[order]
     rows = torch.arange(len(x)).split(BATCH)[:20]
     return model, [(x[row], y[row]) for row in rows], {}
+
+
+@case("two classes in each batch", "BN308", "BN302")
+def _two_classes() -> Any:
+    x, y = digits()
+    data = []
+    for _ in range(16):
+        some = (y[:, None] == torch.randperm(10)[:2]).any(1).nonzero().flatten()
+        rows = some[torch.randperm(len(some))[:BATCH]]
+        data.append((x[rows].reshape(-1, *IMAGE), y[rows]))
+    return train(Residual(), data), data, {}
 
 
 @case("padding in sequences", "BN303", layer="norm")

@@ -20,6 +20,7 @@ def train(
     lr: float = 0.05,
     steps: int = STEPS,
     optimizer: Any = None,
+    ends_low: bool = True,
 ) -> nn.Module:
     """By stochastic gradient descent with momentum, going round the batches."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr, momentum=0.9)
@@ -31,7 +32,7 @@ def train(
         optimizer.zero_grad()
         functional.cross_entropy(output, labels).backward()
         optimizer.step()
-        if steps - k == steps // 3:  # a rate that ends low, as is usual
+        if ends_low and steps - k == steps // 3:  # a rate that ends low, as is usual
             for group in optimizer.param_groups:
                 group["lr"] *= 0.1
     return model

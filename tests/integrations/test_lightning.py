@@ -140,7 +140,7 @@ def test_several_loaders_are_refused():
     {"method": "layer"}, {"max_batches": 0}, {"process_group": 7}, {"batches": torch.randn(4, 3)},
     {"batches": [torch.randn(4, 3)], "step": 7}, {"batches": iter([]), "method": "layerwise"},
     {"step": 7},
-], ids=str)  # fmt: skip
+], ids="-".join)  # fmt: skip
 def test_impossible_options_are_refused_before_training(options):
     with pytest.raises(ArgumentError, match="expected"):
         callback(**options)
