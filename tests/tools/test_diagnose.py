@@ -11,26 +11,9 @@ from torch import nn
 
 from batchnorm import ArgumentError, BatchNorm, InputError, diagnose, freeze
 from oracle import wide
+from settled import data, net, settled
 
 BATCHES, SIZE = 4, 32
-
-
-def data(*shape, number=BATCHES, size=SIZE):
-    return [torch.randn(size, *shape) for _ in range(number)]
-
-
-def net(norm=nn.BatchNorm1d):
-    """Trained, as far as its running statistics are concerned."""
-    return nn.Sequential(nn.Linear(6, 8, bias=False), norm(8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def settled(model, batches, passes=60):
-    """With running statistics that are those of the batches."""
-    model.train()
-    with torch.no_grad():
-        for k in range(passes):
-            model(batches[k % len(batches)])
-    return model
 
 
 def codes(diagnosis):

@@ -6,22 +6,7 @@ import torch
 from torch import nn
 
 from batchnorm import BatchNorm, InputError, bank, diagnose, recalibrate
-
-
-def data(number=4, size=32):
-    return [torch.randn(size, 6) for _ in range(number)]
-
-
-def net(norm=nn.BatchNorm1d):
-    return nn.Sequential(nn.Linear(6, 8, bias=False), norm(8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def settled(model, batches, passes=60):
-    model.train()
-    with torch.no_grad():
-        for k in range(passes):
-            model(batches[k % len(batches)])
-    return model
+from settled import data, net, settled
 
 
 def state(model):
@@ -147,7 +132,7 @@ def test_the_same_noise_in_all_passes_whoever_makes_it():
         def forward(self, x):
             return super().forward(x) + torch.tensor(np.random.randn(len(x), 3)).float()
 
-    batches = data(8)
+    batches = data(number=8)
     model = settled(Noisy(*net()), batches, 200)
     with torch.no_grad():
         model[1].running_mean.zero_()
@@ -165,7 +150,7 @@ def test_a_model_that_draws_lots_goes_all_ways():
         def forward(self, x):
             return self.ways[int(torch.randint(2, ()))](x)
 
-    batches = data(16)
+    batches = data(number=16)
     diagnosis = diagnose(settled(Lots(), batches, 200), batches)
     assert diagnosis.findings == ()
     calls = [layer.calls for layer in diagnosis.layers]
@@ -239,7 +224,7 @@ def test_a_layer_of_training_alone_is_no_finding():
 
 
 def test_of_one_batch_nothing_is_said_of_others():
-    batches = data(1)
+    batches = data(number=1)
     gap = diagnose(settled(net(), batches), batches).gap
     assert gap.recalibrated is None
     assert np.isnan(gap.error)

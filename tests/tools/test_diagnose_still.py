@@ -3,30 +3,14 @@
 import copy
 
 import pytest
-import torch
 from torch import nn
 
 from batchnorm import diagnose, freeze
-
-
-def data(number=4, size=32):
-    return [torch.randn(size, 6) for _ in range(number)]
-
-
-def net():
-    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def settled(model, batches, passes=60):
-    model.train()
-    with torch.no_grad():
-        for k in range(passes):
-            model(batches[k % len(batches)])
-    return model
+from settled import data, net, settled
 
 
 def still(how):
-    batches = data(16, 64)
+    batches = data(number=16, size=64)
     model = settled(net(), batches)
     how(model)
     return model
@@ -41,20 +25,20 @@ for_good = freeze
 
 @pytest.mark.parametrize("how", [by_hand, for_good])
 def test_small_batches_do_frozen_layers_no_harm(how):
-    model, small = still(how), data(16, 2)
+    model, small = still(how), data(number=16, size=2)
     diagnosis = diagnose(model, small)
     assert diagnosis.findings == ()
     assert (diagnosis.gap.value, diagnosis.layers[0].share) == (0, None)
     free = diagnose(still(lambda model: None), small)
     assert "BN301" in [f.code for f in free.findings]
     # Nor do batches of one, in which a layer that trains would refuse the rehearsal of a step.
-    of_one = diagnose(model, data(16, 1))
+    of_one = diagnose(model, data(number=16, size=1))
     assert (of_one.findings, of_one.notes) == ((), ())
 
 
 @pytest.mark.parametrize("how", [by_hand, for_good])
 def test_other_data_in_front_of_frozen_layers_are_good_to_know(how):
-    model, others = still(how), [3 * x + 4 for x in data(8, 64)]
+    model, others = still(how), [3 * x + 4 for x in data(number=8, size=64)]
     (finding,) = diagnose(model, others).findings
     assert (finding.code, finding.severity) == ("BN101", "info")
     assert "so training and evaluation agree" in finding.message
@@ -66,7 +50,7 @@ def test_other_data_in_front_of_frozen_layers_are_good_to_know(how):
 def test_frozen_layers_that_were_never_updated_or_hardly(how):
     model = net()
     how(model)
-    batches = [x + 5 for x in data(4, 64)]
+    batches = [x + 5 for x in data(number=4, size=64)]
     assert [(f.code, f.severity) for f in diagnose(model, batches).findings] == [
         ("BN105", "warning")
     ]
@@ -77,7 +61,7 @@ def test_frozen_layers_that_were_never_updated_or_hardly(how):
 
 @pytest.mark.parametrize("tracks", [True, False])
 def test_dropout_does_layers_no_harm_whose_statistics_do_not_depend_on_it(tracks):
-    batches = data(8, 256)
+    batches = data(number=8, size=256)
     norm = nn.BatchNorm1d(6, track_running_stats=tracks)
     model = nn.Sequential(norm, nn.Linear(6, 3))
     settled(model, batches)
