@@ -146,3 +146,21 @@ def test_recalibration_of_what_was_compiled_before(kind, method):
     assert_same(model, twin)
     torch.testing.assert_close(model[0].running_var, x.var(0), **TOLERANCE)
     torch.testing.assert_close(compiled(x), twin(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_bank_in_one_graph(training):
+    """Without a break: what a checkpoint would ask is not asked there."""
+    model, twin, _ = made(BatchNorm)
+    for net in (model, twin):
+        net.train(training)
+    banks = [bank(net, "other") for net in (model, twin)]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, cotangent = data(), data()
+    with banks[0], banks[1]:
+        for _ in range(2):
+            assert_close = torch.testing.assert_close
+            assert_close(
+                gradient(compiled, x, cotangent), gradient(twin, x, cotangent), **TOLERANCE
+            )
+    assert_same(model, twin)

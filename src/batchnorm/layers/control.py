@@ -105,6 +105,8 @@ class Controlled(WideStatistics):
             InputError: activation checkpointing does a pass again that may be one of several.
         """
         name = self._bank
+        if torch.compiler.is_compiling():  # compiled code is recomputed within itself
+            return self if name is None else self.banks[name]
         again = select.recomputing()
         if self._depends_on_bank() and (again or select.recomputed_later()):
             *_, channel_dim, _ = settings
