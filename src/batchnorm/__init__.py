@@ -13,6 +13,7 @@ from batchnorm.functional import batch_norm as batch_norm
 from batchnorm.functional import batch_norm_pure as batch_norm_pure
 from batchnorm.kernels.select import backends as backends
 from batchnorm.layers.batch_norm import BatchNorm as BatchNorm
+from batchnorm.layers.recurrent import BatchNormLSTM as BatchNormLSTM
 from batchnorm.moments import Moments as Moments
 from batchnorm.renorm import Renorm as Renorm
 from batchnorm.tools.accumulate import accumulate_statistics as accumulate_statistics

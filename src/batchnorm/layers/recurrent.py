@@ -1,0 +1,416 @@
+"""BatchNormLSTM: batch normalization inside a recurrent network, with statistics of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from batchnorm.errors import ArgumentError, InputError
+from batchnorm.layers.batch_norm import BatchNorm
+
+#: What can be normalised.
+PARTS = ("input", "hidden", "cell")
+
+#: Fewest sequences that make statistics of a step in training.
+FEWEST = 2
+
+State = tuple[Tensor, Tensor]
+
+
+class BatchNormLSTM(nn.RNNBase):
+    """An LSTM with batch normalization of input, hidden state and cell, step by step.
+
+        i, f, g, o = BN(W_ih x_t; γ_x) + BN(W_hh h_{t−1}; γ_h) + β
+        c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)
+        h_t = σ(o) ⊙ tanh(BN(c_t; γ_c, β_c))
+
+    Each BN is a `BatchNorm` over the sequences of the batch, at one time: what an LSTM does at its
+    first steps is unlike what it does later, and common statistics fit neither. So each step has
+    running statistics of its own, up to `max_length`; γ and β are common. γ starts small: at 1, the
+    tanh saturates and gradients vanish.
+
+    It is called as `torch.nn.LSTM` is, and gives what that gives. Sequences of different lengths
+    come as a `PackedSequence`, or with a mask; where they have ended they count nowhere. Once fewer
+    than two go on, there are no statistics of a batch, and the running ones normalise, in training
+    too. A step that no batch has reached is evaluated with the last that one has.
+
+    Shape:
+        input: (L, N, input_size), (N, L, input_size) with batch_first, (L, input_size), or packed.
+        h_0, h_n: (num_layers · directions, N, hidden_size, or proj_size if there is one).
+        c_0, c_n: (num_layers · directions, N, hidden_size).
+        output: as the input, with directions · hidden_size (or proj_size) channels.
+
+    Args:
+        input_size: channels of the input.
+        hidden_size: channels of the state, H.
+        num_layers: one upon the other.
+        bias: have β (and β_c; where only the cell is normalised, torch's two biases).
+        batch_first: the first axis is the batch's, not time.
+        dropout: of the outputs of all layers but the last, in training.
+        bidirectional: also run over the reversed sequences, each from its own end.
+        proj_size: h_t is projected to so many channels; 0: not.
+        device: of parameters and buffers.
+        dtype: of the parameters; buffers are float32 at least.
+        max_length: steps that have running statistics of their own. The last one's are those of all
+            that come after it, too.
+        normalize: which of "input", "hidden" and "cell"; none of them: `torch.nn.LSTM` itself.
+            "input" alone is what Laurent et al. 2015 found to help, in its per-step form.
+        gamma: what γ starts from.
+        eps: added to variances.
+        momentum: weight of the newest batch in the running statistics; None for the plain average.
+
+    Attributes:
+        norms: the `BatchNorm` layers, `norms[layer · directions + direction]["hidden"]`. Their own
+            running statistics are those of step `max_length` − 1 and after; each step before has a
+            bank, "step0" and so on.
+
+    Raises:
+        ArgumentError: an option is impossible.
+
+    Source: Cooijmans et al. 2016, "Recurrent Batch Normalization", https://arxiv.org/abs/1603.09025
+
+    Example:
+        >>> import torch
+        >>> from batchnorm import BatchNormLSTM
+        >>> lstm = BatchNormLSTM(8, 16, max_length=20, batch_first=True)
+        >>> x, lengths = torch.randn(4, 20, 8), torch.tensor([20, 13, 6, 2])
+        >>> output, (h, c) = lstm(x, mask=torch.arange(20) < lengths[:, None])
+        >>> output.shape, h.shape, bool(torch.equal(h[0, 1], output[1, 12]))
+        (torch.Size([4, 20, 16]), torch.Size([1, 4, 16]), True)
+    """
+
+    # What torch's own forward, with nothing normalised, is made of. Not by inheritance:
+    # torch.compile refuses whatever is an nn.LSTM.
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int = 100,
+        normalize: Collection[str] = PARTS,
+        gamma: float = 0.1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        _check(max_length, normalize, gamma)
+        gates = [part for part in ("hidden", "input") if part in normalize]
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias and not gates, batch_first, dropout,
+            bidirectional, proj_size, device, dtype,
+        )  # fmt: skip
+        self.max_length = int(max_length)
+        self.normalize = tuple(part for part in PARTS if part in normalize)
+        self.gamma = float(gamma)
+        self._reached = 0  # steps that batches have had, in training; 0: not known
+        self.norms = nn.ModuleList()
+        for _ in range(num_layers * (1 + bidirectional)):
+            norms = nn.ModuleDict()
+            for part in self.normalize:
+                channels = hidden_size * (1 if part == "cell" else 4)
+                shifts = bias and (part == "cell" or part == gates[0])  # one β for both sums
+                norm = BatchNorm(channels, eps, momentum, device=device, dtype=dtype, bias=shifts)
+                for step in range(self.max_length - 1):
+                    norm.add_bank(_BANK.format(step))
+                norms[part] = norm
+            self.norms.append(norms)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's for what is torch's; γ = `gamma`, β = 0, no batch has come."""
+        norms = self._modules.pop("norms", None)  # torch's knows no other parameters than its own
+        super().reset_parameters()
+        if norms is None:
+            return
+        self._modules["norms"] = norms
+        for norm in self._every_norm():
+            norm.reset_parameters()
+            nn.init.constant_(norm.weight, self.gamma)
+
+    def _every_norm(self) -> Iterator[BatchNorm]:
+        for norms in self.norms:
+            yield from norms.values()  # type: ignore[operator]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # noqa: A002 (torch's name for it)
+        hx: State | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run over sequences; in training, update the running statistics too.
+
+        Args:
+            input: see the class.
+            hx: (h_0, c_0); zeros if it is not given.
+            mask: of the input's first two axes, True where a sequence goes on. What it leaves out
+                is skipped: the state passes by, and the output there is 0. A `PackedSequence` takes
+                none.
+
+        Returns:
+            output: h of the last layer at each step, both directions side by side.
+            (h_n, c_n): what each layer and direction ended in, at each sequence's own end.
+
+        Raises:
+            InputError: the input does not fit, or in training there is but one sequence.
+            ArgumentError: within `with bank(...)`: steps have banks of their own.
+        """
+        if not self.normalize and mask is None:
+            lstm: Any = nn.LSTM.forward
+            output: tuple[Tensor | PackedSequence, State] = lstm(self, input, hx)
+            return output
+        for norm in self._every_norm():
+            if norm._bank is not None:
+                raise ArgumentError(
+                    f"expected no bank around {type(self).__name__}, got {norm._bank!r}: its steps "
+                    "have banks of their own; keep a layer for each kind of data"
+                )
+        if isinstance(input, PackedSequence):
+            if mask is not None:
+                raise InputError("expected no mask with a PackedSequence, which has no padding")
+            return self._forward_packed(input, hx)
+        batched = input.dim() == 3
+        if not batched and (input.dim() != 2 or mask is not None):
+            raise InputError(
+                "expected input of shape (L, N, channels), (N, L, channels) with batch_first, or "
+                f"(L, channels) and no mask, got {tuple(input.shape)}"
+            )
+        x = input.transpose(0, 1) if batched and self.batch_first else input
+        x = x if batched else x[:, None]
+        if hx is not None and not batched:
+            hx = hx[0][:, None], hx[1][:, None]
+        time, number, channels = x.shape
+        state = self._state(hx, number, x)
+        if mask is None:
+            self._check_input(x)
+            y, state = self._layers(x.reshape(-1, channels), [number] * time, state)
+            y = y.view(time, number, -1)
+        else:
+            y, state = self._forward_masked(x, state, mask)
+        if not batched:
+            return y[:, 0], (state[0][:, 0], state[1][:, 0])
+        return y.transpose(0, 1) if self.batch_first else y, state
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None
+    ) -> tuple[PackedSequence, State]:
+        self._check_input(packed.data)
+        sizes = packed.batch_sizes.tolist()
+        state = self._state(hx, sizes[0], packed.data)
+        if packed.sorted_indices is not None:
+            state = _rows(state, packed.sorted_indices)
+        y, state = self._layers(packed.data, sizes, state)
+        if packed.unsorted_indices is not None:
+            state = _rows(state, packed.unsorted_indices)
+        return packed._replace(data=y), state
+
+    def _forward_masked(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        """What the mask leaves, packed: the longest sequence first, each without its gaps."""
+        self._check_input(x)
+        mask = mask.transpose(0, 1) if self.batch_first else mask
+        time, number, _ = x.shape
+        if mask.dtype != torch.bool or mask.shape != (time, number):
+            shape = (number, time) if self.batch_first else (time, number)
+            raise InputError(
+                f"expected a mask of bool and of shape {shape}, got {mask.dtype} and "
+                f"{tuple(mask.shape if not self.batch_first else mask.T.shape)}"
+            )
+        lengths, order = mask.sum(0).sort(descending=True, stable=True)
+        sizes = mask.sort(0, descending=True).values.sum(1).tolist()
+        sizes = sizes[: sizes.index(0)] if 0 in sizes else sizes
+        y = x.new_zeros(time, number, self._width() * (1 + self.bidirectional))
+        if not sizes:
+            return y, state
+        places = mask.sort(dim=0, descending=True, stable=True).indices[: len(sizes), order]
+        real = torch.arange(len(sizes), device=x.device)[:, None] < lengths
+        index = places[real], order.expand(len(sizes), -1)[real]
+        begun = order[: sizes[0]]  # a sequence may have nothing that counts
+        packed, last = self._layers(x[index], sizes, _rows(state, begun))
+        h, c = (old.index_copy(1, begun, new) for old, new in zip(state, last, strict=True))
+        return y.index_put(index, packed), (h, c)
+
+    def _layers(self, data: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
+        """All layers and directions over packed data."""
+        back = _reversal(sizes, data.device) if self.bidirectional else None
+        ends: list[State] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                data = functional.dropout(data, self.dropout, self.training)
+            both = []
+            for direction in range(1 + self.bidirectional):
+                index = len(ends)
+                given = data[back] if direction else data
+                start = state[0][index], state[1][index]
+                y, end = self._steps(_Cell.of(self, index), given, sizes, start)
+                both.append(y[back] if direction else y)
+                ends.append(end)
+            data = torch.cat(both, 1) if back is not None else both[0]
+        return data, (torch.stack([h for h, _ in ends]), torch.stack([c for _, c in ends]))
+
+    def _steps(
+        self, cell: _Cell, data: Tensor, sizes: list[int], state: State
+    ) -> tuple[Tensor, State]:
+        """One layer in one direction: the recurrence."""
+        h, c = state
+        outputs, ended = [], []
+        inputs = functional.linear(data, cell.weight_ih, cell.bias).split(sizes)
+        for step, (part, number) in enumerate(zip(inputs, sizes, strict=True)):
+            if number < len(h):
+                ended.append((h[number:], c[number:]))
+                h, c = h[:number], c[:number]
+            given = self._normalized(cell.input, part, step)
+            gates = functional.linear(h, cell.weight_hh)
+            if cell.hidden is None:
+                gates = gates + given
+            else:
+                gates = self._normalized(cell.hidden, gates, step, given)
+            i, f, g, o = gates.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * self._normalized(cell.cell, c, step).tanh()
+            if cell.weight_hr is not None:
+                h = functional.linear(h, cell.weight_hr)
+            outputs.append(h)
+        ended.append((h, c))
+        h, c = (torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+        return torch.cat(outputs), (h, c)
+
+    def _normalized(
+        self, norm: BatchNorm | None, x: Tensor, step: int, residual: Tensor | None = None
+    ) -> Tensor:
+        if norm is None:
+            return x
+        training = norm.training
+        by_batch = training and (len(x) >= FEWEST or step == 0)  # of one at first, it will complain
+        if by_batch and step >= self._reached:
+            self._reached = step + 1
+        # What no batch has reached has the statistics of the last step that one has.
+        place = step if by_batch or not self._reached else min(step, self._reached - 1)
+        # Not by nn.Module's way of setting attributes, which takes as long as all else here.
+        own = norm.__dict__
+        own["training"] = by_batch
+        own["_bank"] = _BANK.format(place) if place < self.max_length - 1 else None
+        try:
+            y: Tensor = norm(x, None, residual)
+        finally:
+            own["training"], own["_bank"] = training, None
+        return y
+
+    def _width(self) -> int:
+        return self.proj_size or self.hidden_size
+
+    def _check_input(self, x: Tensor) -> None:
+        if not x.is_floating_point() or x.shape[-1] != self.input_size or not x.numel():
+            raise InputError(
+                f"expected floating input with {self.input_size} channels, at least one step and "
+                f"one sequence, got {x.dtype} of shape {tuple(x.shape)}"
+            )
+
+    def _state(self, hx: State | None, number: int, x: Tensor) -> State:
+        """What to start from, in the batch's order."""
+        layers = self.num_layers * (1 + self.bidirectional)
+        shapes = (layers, number, self._width()), (layers, number, self.hidden_size)
+        if hx is None:
+            return x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
+        h, c = hx
+        if (h.shape, c.shape) != shapes:
+            raise InputError(
+                f"expected (h_0, c_0) of shapes {shapes[0]} and {shapes[1]}, got {tuple(h.shape)} "
+                f"and {tuple(c.shape)}"
+            )
+        return h, c
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        counts = [
+            sum(int(count) > 0 for key, count in state_dict.items() if _is_counter(key, start))
+            for start in (f"{prefix}norms.0.{part}." for part in self.normalize[:1])
+        ]
+        self._reached = sum(counts)
+
+    def extra_repr(self) -> str:
+        """torch's, and what is normalised."""
+        return f"{super().extra_repr()}, max_length={self.max_length}, normalize={self.normalize}"
+
+
+class _Cell(NamedTuple):
+    """What one layer needs in one direction."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    weight_hr: Tensor | None
+    input: BatchNorm | None
+    hidden: BatchNorm | None
+    cell: BatchNorm | None
+
+    @classmethod
+    def of(cls, lstm: BatchNormLSTM, index: int) -> _Cell:
+        layer, reverse = divmod(index, 1 + lstm.bidirectional)
+        suffix = f"_l{layer}" + ("_reverse" if reverse else "")
+
+        def tensor(name: str) -> Any:
+            return getattr(lstm, name + suffix, None)
+
+        norms: Any = lstm.norms[index]._modules if lstm.normalize else {}
+        bias = tensor("bias_ih")
+        return cls(
+            tensor("weight_ih"),
+            tensor("weight_hh"),
+            None if bias is None else bias + tensor("bias_hh"),
+            tensor("weight_hr"),
+            *(norms.get(part) for part in PARTS),
+        )
+
+
+_BANK = "step{}"
+
+
+def _is_counter(key: str, start: str) -> bool:
+    return key.startswith(start) and key.endswith(".num_batches_tracked")
+
+
+def _rows(state: State, index: Tensor) -> State:
+    h, c = state
+    return h[:, index], c[:, index]
+
+
+def _reversal(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Where each row of packed data is once every sequence runs from its end; its own inverse."""
+    steps = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    begins = torch.tensor([0, *sizes]).cumsum(0)
+    row = torch.arange(len(steps)) - begins[steps]
+    lengths = (torch.tensor(sizes)[:, None] > torch.arange(sizes[0])).sum(0)
+    return (begins[lengths[row] - 1 - steps] + row).to(device)
+
+
+def _check(max_length: int, normalize: Collection[str], gamma: float) -> None:
+    """Refuse options that are impossible; torch's own and BatchNorm's are refused by those."""
+    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
+        raise ArgumentError(
+            f"expected max_length of at least 1, the steps with statistics of their own, got "
+            f"{max_length!r}"
+        )
+    if isinstance(normalize, str) or not set(normalize) <= set(PARTS):
+        raise ArgumentError(
+            f"expected normalize to be some of {', '.join(map(repr, PARTS))}, got {normalize!r}"
+        )
+    if not isinstance(gamma, Real) or isinstance(gamma, bool):
+        raise ArgumentError(f"expected gamma to be a number, got {gamma!r}")
