@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import InputError
+from batchnorm.lab import folders
 from batchnorm.lab.words import counted
 
 # The split is part of the data's identity, not of a run: every seed sees the same test rows.
@@ -79,9 +80,11 @@ class Dataset:
 
 
 def load(source: str) -> Dataset:
-    """Load `"digits"`, or an .npz file with arrays `x` (rows first) and `y` (class of each row).
+    """Load `"digits"`, an .npz file, or a folder with MNIST's or CIFAR's files.
 
-    The rank of `x` decides how it is scaled; the module says how.
+    A file has arrays `x` (rows first) and `y` (class of each row). What a folder must hold
+    `batchnorm.lab.folders` says; its own division into training and test rows is kept. The rank of
+    `x` decides how it is scaled; the module says how.
 
     `"digits"` is scikit-learn's bundled set of 1797 handwritten 8×8 digits: real, and no download.
 
@@ -94,6 +97,11 @@ def load(source: str) -> Dataset:
         bunch = load_digits()
         return _prepare("digits", bunch.images, bunch.target)
     path = Path(source)
+    if path.is_dir():
+        x, y, x_test, y_test = folders.read(path)
+        name = path.resolve().name
+        _checked(path, x, y)
+        return _finished(name, x, y, x_test, y_test)
     x, y = _read(path)
     return _prepare(path.name, *_checked(path, x, y))
 
@@ -105,12 +113,10 @@ def _read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
             f"{remedy or 'Save one with numpy.savez(PATH, x=inputs, y=classes).'}"
         )
 
-    if path.is_dir():
-        raise reject("it is a directory")
     if not path.is_file():
         raise InputError(
-            f"{path}: expected an .npz file, or the name 'digits'; there is no such file. Save one "
-            "with numpy.savez(PATH, x=inputs, y=classes)."
+            f"{path}: expected an .npz file, a folder of MNIST's or CIFAR's files, or the name "
+            "'digits'; there is no such file. Save one with numpy.savez(PATH, x=inputs, y=classes)."
         )
     try:
         # Opened and looked at here: numpy leaves a file open that it fails to read, and its advice
@@ -198,20 +204,30 @@ def _checked(
 def _prepare(name: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Dataset:
     from sklearn.model_selection import train_test_split
 
-    labels, classes = np.unique(y, return_inverse=True)
     train, test = train_test_split(
         np.arange(len(x)),
         test_size=round(TEST_SHARE * len(x)),
-        stratify=classes,
+        stratify=np.unique(y, return_inverse=True)[1],
         random_state=SPLIT_SEED,
     )
-    centre, scale, scaling = _scale(name, x[train].astype(np.float64))
-    scaled = ((x - centre) / scale).astype(np.float32)
+    return _finished(name, x[train], y[train], x[test], y[test])
+
+
+def _finished(
+    name: str,
+    x: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+    x_test: npt.NDArray[Any],
+    y_test: npt.NDArray[Any],
+) -> Dataset:
+    """Scale both parts by the first, and number the classes."""
+    labels = np.unique(np.concatenate([y, y_test]))
+    centre, scale, scaling = _scale(name, x.astype(np.float64))
     parts = (
-        scaled[train],
-        classes[train].astype(np.int64),
-        scaled[test],
-        classes[test].astype(np.int64),
+        ((x - centre) / scale).astype(np.float32),
+        np.searchsorted(labels, y).astype(np.int64),
+        ((x_test - centre) / scale).astype(np.float32),
+        np.searchsorted(labels, y_test).astype(np.int64),
     )
     digest = hashlib.sha256()
     for part in parts:
