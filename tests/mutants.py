@@ -175,6 +175,7 @@ TESTS = {
         "tools/test_recalibrate_processes.py",
     ],
     "tools/together.py": TOGETHER,
+    "layers/recurrent.py": ["layers/test_recurrent.py"],
     "layers/batch_norm.py": [
         "layers/test_batch_norm.py", "test_validation.py", "test_outline.py", "layers/test_swap.py",
         "layers/test_persistence.py", "layers/test_layouts.py", "layers/test_compile.py",

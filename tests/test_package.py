@@ -14,6 +14,7 @@ PUBLIC = {
     "ArgumentError",
     "BatchNorm",
     "BatchNormError",
+    "BatchNormLSTM",
     "BatchNormOutput",
     "Diagnosis",
     "Finding",

@@ -454,3 +454,24 @@ def test_nothing_has_changed_when_an_error_is_raised():
     for norm in lstm._every_norm():
         assert norm._bank is None
         assert norm.training
+
+
+@pytest.mark.parametrize("how", ["tensor", "mask", "packed"])
+def test_autocast(how):
+    torch.manual_seed(0)
+    lstm = BatchNormLSTM(3, 4, max_length=4, bidirectional=True, num_layers=2)
+    twin = copy.deepcopy(lstm)
+    lengths = torch.tensor([4, 2, 3, 4, 4, 1])
+    given_x, mask = X, torch.arange(4)[:, None] < lengths if how == "mask" else None
+    if how == "packed":
+        given_x = pack_padded_sequence(X, lengths, enforce_sorted=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h, _) = lstm(given_x, mask=mask)
+    expected, (k, _) = twin(given_x, mask=mask)
+    if how == "packed":
+        output, expected = output.data, expected.data
+    # Products of a few numbers below 2 in bfloat16 are off by 2⁻⁸ of themselves; γ is 0.1.
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(h.float(), k, rtol=0, atol=0.02)
+    output.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in lstm.parameters())

@@ -73,7 +73,8 @@ def add(lab_app: typer.Typer) -> None:
                 metavar="digits|PATH",
                 help="scikit-learn's handwritten digits, or an .npz file with arrays x (rows "
                 "first) and y (whole-number classes). The columns of a 2-D x are scaled one by "
-                "one, an x of more dimensions as a whole.",
+                "one, an x of more dimensions as a whole. Or a folder with the files of MNIST or "
+                "CIFAR.",
             ),
         ] = "digits",
         jobs: Annotated[

@@ -108,7 +108,8 @@ class Controlled(WideStatistics):
         if torch.compiler.is_compiling():  # compiled code is recomputed within itself
             return self if name is None else self.banks[name]
         again = select.recomputing()
-        if self._depends_on_bank() and (again or select.recomputed_later()):
+        # In this order: a layer may have hundreds of banks.
+        if (again or select.recomputed_later()) and self._depends_on_bank():
             *_, channel_dim, _ = settings
             check_tensors(x, None, None, None, None, True, mask, None, channel_dim)
             with torch.no_grad():
