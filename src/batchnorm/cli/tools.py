@@ -28,6 +28,7 @@ INSPECT_HELP = (
     "Running statistics that are not finite, without variance, never or hardly updated or in half "
     "precision, dead channels, layers that count differently. No code in the file is run.\n\n"
     + _STATUS
+    + " A file without batch norm layers is such a case."
 )
 DIAGNOSE_HELP = (
     "Find what is wrong with batch normalization in a model, on some of its data.\n\n"

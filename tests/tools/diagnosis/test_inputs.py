@@ -137,6 +137,8 @@ def test_sorted_data():
     assert codes(diagnose(model, sorted_).findings) == ["BN302"]
 
 
+NOT_ELSE = {"zero_weight": 0, "off": 0}
+
 # --- dead channels -------------------------------------------------------------------------------
 
 
@@ -146,8 +148,29 @@ def test_constant_channels(offset):
     x[..., [1, 6]] = offset
     (finding,) = judged(nn.BatchNorm1d(10), x)
     assert (finding.code, finding.severity) == ("BN304", "warning")
-    assert finding.evidence == {"channels": [1, 6], "number": 2, "constant": 2, "off": 0}
+    assert finding.evidence == {"channels": [1, 6], "number": 2, "constant": 2, **NOT_ELSE}
     assert "2 of 10 channels are dead: 2 get a constant" in finding.message
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm])
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_channels_with_a_weight_of_zero(norm, shift):
+    """Their output is β, whatever comes in and whether or not it passes a ReLU."""
+    layer, x = norm(5).eval(), torch.randn(4, 128, 5)
+    x[..., 3] = 2
+    with torch.no_grad():
+        layer.weight[[1, 3]] = 0
+        layer.bias.fill_(9)  # the others pass
+        layer.bias[1] = shift
+    for activated in (False, True):
+        (finding,) = judged(layer, x, activated=activated)
+        assert finding.evidence == {
+            "channels": [1, 3], "number": 2, "constant": 1, "zero_weight": 1, "off": 0,
+        }  # fmt: skip
+        assert "2 of 5 channels are dead: 1 get a constant, 1 have γ = 0" in finding.message
+    with torch.no_grad():
+        layer.weight.zero_()  # how residual branches start
+    assert "zero_weight" not in str(judged(layer, x[..., [0, 1, 2, 4, 0]]))
 
 
 def test_one_in_twenty_is_no_matter():
@@ -171,7 +194,8 @@ def test_channels_that_never_pass_the_relu(norm):
         layer.bias[2] = -9
     assert judged(layer, x) == []  # no ReLU behind it
     (finding,) = judged(layer, x, activated=True)
-    assert finding.evidence == {"channels": [2], "number": 1, "constant": 0, "off": 1}
+    assert finding.evidence["channels"] == [2]
+    assert [finding.evidence[way] for way in ("constant", "zero_weight", "off")] == [0, 0, 1]
     assert "1 never pass the ReLU" in finding.message
     assert judged(layer, x[:, :99], activated=True) == []  # too few values to say never
     with torch.no_grad():

@@ -65,7 +65,7 @@ def _not_finite(name: str) -> Finding:
         name,
         "NaN or infinity comes in",
         {},
-        "look for it before this layer: it is the first to see it if no finding names another",
+        "look for what makes it before this layer; of several layers named, before the first",
     )
 
 
@@ -197,7 +197,7 @@ def check_padding(name: str, seen: Seen) -> list[Finding]:
 def check_dead(
     name: str, layer: Any, seen: Seen, population: Moments, activated: bool
 ) -> list[Finding]:
-    """BN304: constant input, or nothing that ever passes the ReLU."""
+    """BN304: constant input, γ = 0, or nothing that ever passes the ReLU."""
     var = population.variance()
     constant = var <= CONSTANT * torch.maximum(var.max(), population.mean.square())
     off = torch.zeros_like(constant)
@@ -205,40 +205,36 @@ def check_dead(
     many = bool(population.count >= MANY_VALUES)
     if seen.highest is not None and many and (activated or own):
         off = seen.highest <= 0
-    if own and seen.highest is not None:
-        off &= _scaled(layer)
-    dead = constant | off
+    away = _scaled_away(layer, constant)
+    if own and away is None:
+        off &= False
+    zero = torch.zeros_like(constant) if away is None else away
+    dead = constant | zero | off
     number = int(dead.sum())
     if number == 0 or number < DEAD_SHARE * len(dead):
         return []
+    counts = {
+        "constant": int(constant.sum()),
+        "zero_weight": int((zero & ~constant).sum()),
+        "off": int((off & ~constant & ~zero).sum()),
+    }
+    words = ("get a constant", "have γ = 0", "never pass the ReLU")
+    ways = [f"{n} {what}" for n, what in zip(counts.values(), words, strict=True) if n]
     return [
         Finding(
             "BN304",
             "warning",
             name,
-            f"{number} of {len(dead)} channels are dead: "
-            + _ways(int(constant.sum()), int((off & ~constant).sum())),
-            {
-                "channels": dead.nonzero().flatten().tolist()[:20],
-                "number": number,
-                "constant": int(constant.sum()),
-                "off": int((off & ~constant).sum()),
-            },
+            f"{number} of {len(dead)} channels are dead: " + ", ".join(ways),
+            {"channels": dead.nonzero().flatten().tolist()[:20], "number": number, **counts},
             "a smaller learning rate, or another start; what is dead can be pruned",
         )
     ]
 
 
-def _scaled(layer: Any) -> Tensor | bool:
-    # γ = 0 throughout is how residual branches start (Goyal et al. 2017).
-    weight = layer.weight
-    return True if weight is None or bool(weight.any()) else torch.zeros_like(weight).bool()
-
-
-def _ways(constant: int, off: int) -> str:
-    parts = []
-    if constant:
-        parts.append(f"{constant} get a constant")
-    if off:
-        parts.append(f"{off} never pass the ReLU")
-    return ", ".join(parts)
+def _scaled_away(layer: Any, like: Tensor) -> Tensor | None:
+    """Channels whose γ is 0; None if all are, as residual branches start (Goyal et al. 2017)."""
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return torch.zeros_like(like)
+    return weight == 0 if bool(weight.any()) else None
