@@ -13,6 +13,7 @@ from rich.console import Console
 
 from batchnorm.cli.printing import print_table, print_text
 from batchnorm.cli.status import INTERRUPTED
+from batchnorm.errors import ArgumentError
 
 # The experiment of `lab run` without a name.
 MAIN_EXPERIMENT = "convergence"
@@ -41,6 +42,9 @@ def add(lab_app: typer.Typer) -> None:
                 "if none is named.",
             ),
         ] = None,
+        everything: Annotated[
+            bool, typer.Option("--all", help="Run every experiment, and write a page of all.")
+        ] = False,
         out: Annotated[
             Path | None,
             typer.Option(
@@ -92,7 +96,9 @@ def add(lab_app: typer.Typer) -> None:
         from batchnorm.lab.progress import watch
         from batchnorm.lab.words import counted
 
-        names = names or [MAIN_EXPERIMENT]
+        if everything and names:
+            raise ArgumentError("expected names or --all, got both; give one of them")
+        names = list(lab.discover()) if everything else names or [MAIN_EXPERIMENT]
         for name in names:
             lab.find(name)
         for name in names:
@@ -123,12 +129,19 @@ def add(lab_app: typer.Typer) -> None:
                 raise typer.Exit(INTERRUPTED) from None
             _print_findings(Console(), found.content)
             print_text(Console(), f"Report: {directory / 'report.html'}")
+        if len(names) > 1:
+            page = lab.write_report(directory.parent)
+            print_text(Console(), f"All of them on one page: {page}")
 
     @lab_app.command("report")
     def report(
         directory: Annotated[
             Path,
-            typer.Argument(metavar="DIR", help="What `lab run` has filled, or its results.json."),
+            typer.Argument(
+                metavar="DIR",
+                help="What `lab run` has filled, or its results.json; or a directory of such, for "
+                "a page with all claims.",
+            ),
         ],
     ) -> None:
         """Make report.html and the figures again, from results.json alone."""
@@ -137,16 +150,25 @@ def add(lab_app: typer.Typer) -> None:
         print_text(Console(), f"Report: {lab.write_report(directory)}")
 
 
+def _colour(judged: dict[str, Any]) -> str:
+    outcome = judged["verdict"]["outcome"]
+    return {"reproduced": "green", "contradicted": "red"}.get(outcome, "yellow")
+
+
 def _print_findings(console: Any, content: dict[str, Any]) -> None:
     from rich.text import Text
 
     findings = content["findings"]
     table, verdict = findings["table"], findings["verdict"]
-    colour = {"reproduced": "green", "contradicted": "red"}.get(verdict["outcome"], "yellow")
+    colour = _colour(findings)
     console.print()
     console.print(Text(content["experiment"]["claim"], style="bold"))
     print_table(console, table["columns"], table["rows"])
     console.print(Text(verdict["outcome"].upper(), style=f"bold {colour}"))
     for line in (findings["summary"], verdict["sentence"], *findings["caveats"]):
         console.print(line, highlight=False, markup=False)
+    for other in findings.get("also", ()):
+        outcome = Text(other["verdict"]["outcome"].upper(), style=f"bold {_colour(other)}")
+        console.print(outcome.append(f" {other['claim']}", style="default not bold"))
+        console.print(other["verdict"]["sentence"], highlight=False, markup=False)
     console.print()

@@ -192,17 +192,31 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def by_layer(series: Mapping[str, Rows], *, xlabel: str, ylabel: str) -> Figure:
-    """Draw a value by layer (log scale): the median over seeds, a bar from lowest to highest."""
+def by_layer(
+    series: Mapping[str, Rows],
+    *,
+    xlabel: str,
+    ylabel: str,
+    lines: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
+    """Draw a value by layer (log scale): the median over seeds, a bar from lowest to highest.
+
+    `lines` are what was predicted for series, dotted.
+    """
     figure = Figure((WIDTH, 3.4))
     axes = figure.subplots()
-    for side, look, (name, rows) in zip((-1, 1), LOOKS, series.items(), strict=False):
+    for side, look, (name, rows) in zip((-1, 1, 0), LOOKS, series.items(), strict=False):
+        if lines and name in lines:
+            along = range(1, len(lines[name]) + 1)
+            axes.plot(along, lines[name], color=INK, linestyle=":", linewidth=1)
         low, middle, high = summary(rows)
         # Side by side, or the bars of two series would hide each other.
         x = [layer + 0.04 * side for layer in range(1, len(middle) + 1)]
         axes.vlines(x, low, high, color=look.colour, linewidth=1.5)
         axes.plot(x, middle, color=look.colour, linestyle=look.dash, marker=look.mark, label=name)
-        axes.set_xticks(range(1, len(middle) + 1))
+        # Of many layers every fifth has room for its number.
+        many = len(middle) > 12
+        axes.set_xticks([1, *range(5, len(middle) + 1, 5)] if many else range(1, len(middle) + 1))
     axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     _steps_of_a_decade(axes)
     _legend(figure, axes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -13,10 +13,13 @@ from batchnorm import figures
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
 from batchnorm.lab.store import write_atomically
-from batchnorm.lab.verdict import Verdict
+from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
+from batchnorm.lab.words import counted
 
 FILE = "report.html"
 TEMPLATE = "report.template.html"
+
+TITLE = "The claims made for batch normalization, tested at home"
 
 # 5.2 inches then are 936 pixels: sharp on a dense screen, and small enough to be kept in git.
 PNG_DPI = 180
@@ -28,37 +31,119 @@ CARD_PADDING = 10
 def build(directory: Path) -> Path:
     """Write report.html and figures/ into a directory with a results.json; return the page's path.
 
-    The same results.json gives the same report, byte for byte.
+    Of a directory whose subdirectories have them, each gets its own, and the directory a page with
+    all claims. The same results give the same report, byte for byte.
+
+    Raises:
+        InputError: there are no results, or damaged ones.
     """
-    found = results.read(directory)
-    content = found.content
-    verdict = {**content["findings"]["verdict"]}
-    verdict["differences"] = tuple(verdict["differences"])
-    with figures.style():
-        pictures = found.experiment.figures(found.settings, found.runs)
-        drawings = [_svg(picture) for picture in pictures]
-        folder = directory / "figures"
-        folder.mkdir(exist_ok=True)
-        for picture in pictures:
-            write_atomically(folder / f"{picture.name}.svg", _card(_svg(picture)))
-            write_atomically(folder / f"{picture.name}.png", _png(picture))
-    template = importlib.resources.files("batchnorm.lab").joinpath(TEMPLATE)
-    page = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(template.read_text(encoding="utf-8"))
-    html = page.render(
-        **content,
-        verdict=Verdict(**verdict),
-        looks=figures.LOOKS,
-        figures=[
-            {"picture": picture, "svg": _inline(drawing, picture.name)}
-            for picture, drawing in zip(pictures, drawings, strict=True)
-        ],
-        steps_s=sum(run["timing"].get("steps_s", 0.0) for run in content["runs"]),
+    below = sorted(path.parent for path in directory.glob(f"*/{results.FILE}"))
+    if (directory / results.FILE).exists() or not below:
+        found = results.read(directory)
+        section = _section(found, directory / "figures")
+        title = f"{found.experiment.claim} — {section['verdict'].outcome}"
+        return _write(directory, title, [section])
+    sections = []
+    for folder in below:
+        build(folder)
+        found = results.read(folder)
+        sections.append(_section(found, folder / "figures", folder.name))
+    return _write(directory, TITLE, sections, _overview(sections))
+
+
+def _write(
+    directory: Path, title: str, sections: list[dict[str, Any]], overview: Any = None
+) -> Path:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("batchnorm.lab", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    page = environment.get_template(TEMPLATE)
+    html = page.render(title=title, sections=sections, overview=overview, looks=figures.LOOKS)
     path = directory / FILE
     write_atomically(path, html)
     return path
+
+
+def _section(found: results.Results, folder: Path, anchor: str = "") -> dict[str, Any]:
+    """All that the page says of one experiment; its figures are written, too."""
+    content = found.content
+    findings = content["findings"]
+    also = [{**other, "verdict": _verdict(other["verdict"])} for other in findings.get("also", ())]
+    anchor = anchor or found.experiment.name
+    folder.mkdir(exist_ok=True)
+    with figures.style():
+        pictures = found.experiment.figures(found.settings, found.runs)
+        drawings = [_svg(picture) for picture in pictures]
+        for picture, drawing in zip(pictures, drawings, strict=True):
+            write_atomically(folder / f"{picture.name}.svg", _card(drawing))
+            write_atomically(folder / f"{picture.name}.png", _png(picture))
+    return {
+        **content,
+        "anchor": anchor,
+        "verdict": _verdict(findings["verdict"]),
+        "also": also,
+        "figures": [
+            {
+                "picture": picture,
+                "anchor": f"{anchor}-{picture.name}",
+                "svg": _inline(drawing, f"{anchor}-{picture.name}"),
+            }
+            for picture, drawing in zip(pictures, drawings, strict=True)
+        ],
+        "steps_s": sum(run["timing"].get("steps_s", 0.0) for run in content["runs"]),
+    }
+
+
+def _verdict(content: dict[str, Any]) -> Verdict:
+    return Verdict(**{**content, "differences": tuple(content["differences"])})
+
+
+def _overview(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """What stands above the claims: every outcome, what failed, and quick beside full."""
+    rows = []
+    for section in sections:
+        claims = [(section["experiment"]["claim"], section["verdict"])]
+        claims += [(other["claim"], other["verdict"]) for other in section["also"]]
+        rows += [
+            {
+                "anchor": section["anchor"],
+                "experiment": section["experiment"]["name"],
+                "profile": section["profile"],
+                "claim": claim,
+                "outcome": verdict.outcome,
+                "sentence": verdict.sentence,
+            }
+            for claim, verdict in claims
+        ]
+    outcomes: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        of_claim = outcomes.setdefault((row["experiment"], row["claim"]), {})
+        of_claim.setdefault(row["profile"], row["outcome"])
+    both = [
+        {"claim": claim, "quick": by["quick"], "full": by["full"]}
+        for (_, claim), by in outcomes.items()
+        if {"quick", "full"} <= by.keys()
+    ]
+    # Where there is a full run, it is the one to go by.
+    last = {
+        (row["experiment"], row["claim"]): row
+        for row in sorted(rows, key=lambda row: row["profile"] == "full")
+    }
+    counts = {
+        outcome: sum(row["outcome"] == outcome for row in last.values())
+        for outcome in (REPRODUCED, CONTRADICTED, UNRESOLVED)
+    }
+    said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+    return {
+        "counts": f"{counted(len(last), 'claim')}: {said}.",
+        "rows": rows,
+        "failed": [row for row in last.values() if row["outcome"] != REPRODUCED],
+        "profiles": both,
+    }
 
 
 def _svg(picture: Picture) -> str:

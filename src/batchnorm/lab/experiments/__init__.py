@@ -76,8 +76,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """One more claim that the same runs decide."""
+
+    claim: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Findings:
-    """What the runs say, in words whose every number was computed."""
+    """What the runs say, in words whose every number was computed.
+
+    `verdict` is on the experiment's claim, `also` on others that its runs decide, too.
+    """
 
     summary: str
     verdict: Verdict
@@ -85,6 +96,7 @@ class Findings:
     recipe: tuple[str, ...]
     caveats: tuple[str, ...]
     not_shown: tuple[str, ...]
+    also: tuple[Judged, ...] = ()
 
 
 @dataclass(frozen=True)

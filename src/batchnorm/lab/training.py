@@ -1,0 +1,117 @@
+"""Training and testing, as experiments share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from batchnorm.lab.data import Dataset
+
+#: Added to a run's seed for the order of its batches: those draws must not repeat the weights'.
+ORDER_OFFSET = 2_000_000_000
+
+#: Test rows at a time.
+ROWS = 1000
+
+
+def tensors(data: Dataset, *, images: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training inputs and classes, test inputs and classes; rows flat, or images with channels."""
+    parts = []
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        rows = torch.tensor(x)
+        if not images:
+            rows = rows.flatten(1)
+        elif rows.dim() == 3:
+            rows = rows[:, None]
+        parts += [rows, torch.tensor(y)]
+    x_train, y_train, x_test, y_test = parts
+    return x_train, y_train, x_test, y_test
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of weights."""
+    return torch.Generator().manual_seed(seed)
+
+
+def batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only."""
+    order = torch.Generator().manual_seed(ORDER_OFFSET + seed)
+    full = rows - rows % size
+    while True:
+        yield from torch.randperm(rows, generator=order)[:full].split(size)
+
+
+def fit(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    rate: float,
+    steps: int,
+    batch: int,
+    seed: int,
+    momentum: float = 0.9,
+    decay: bool = True,
+) -> list[float]:
+    """Train by SGD on the cross-entropy; return the losses.
+
+    Args:
+        net: is left in training.
+        x: training inputs.
+        y: their classes.
+        rate: learning rate at the start.
+        steps: how many.
+        batch: rows in each.
+        seed: of the order of rows.
+        momentum: of SGD.
+        decay: the rate falls to zero by a cosine; else it stays.
+    """
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, rate, momentum=momentum)
+    losses = []
+    net.train()
+    for step, rows in zip(range(steps), batches(len(x), batch, seed), strict=False):
+        if decay:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        loss = cross_entropy(net(x[rows]), y[rows])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of rows that are classified right, in evaluation; modes are as before afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    with torch.no_grad():
+        right = sum(
+            int((net(part).argmax(1) == labels).sum())
+            for part, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
+        )
+    for module, training in modes:
+        module.training = training
+    return right / len(y)
+
+
+def saved_bytes(run: Any) -> int:
+    """Bytes that autograd keeps for the backward pass of what `run()` returns, parameters apart."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf or not tensor.requires_grad:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(kept.values())
