@@ -6,11 +6,12 @@ about training gives each arm its own.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from batchnorm.lab.experiments import Run, Trial
+from batchnorm.lab.experiments import Run, Table, Trial
 
 SWEEP, EVALUATION = "learning-rate sweep", "evaluation"
 
@@ -82,3 +83,25 @@ def edge(trial: ArmTrial, rates: Sequence[float]) -> str | None:
         f"The best learning rate found for the {trial.arm} network, {trial.rate:g}, is on the edge "
         "of those tried: a better one may lie beyond."
     )
+
+
+def measured(runs: Sequence[Run[A]], key: str, **fields: Any) -> list[float]:
+    """Return what the evaluation runs with these fields have measured, a number a seed."""
+    return [r.measured[key] for r in select(runs, stage=EVALUATION, **fields)]
+
+
+def edges(runs: Sequence[Run[A]], rates: Sequence[float]) -> tuple[str, ...]:
+    """Return the caveats of all arms whose best learning rate is the lowest or highest tried."""
+    trials = {r.trial.arm: r.trial for r in runs if r.trial.stage == EVALUATION}
+    return tuple(caveat for trial in trials.values() if (caveat := edge(trial, rates)))
+
+
+def table(runs: Sequence[Run[A]], key: str, what: str) -> Table:
+    """Return a row an arm: its learning rate, and mean and range of a share over the seeds."""
+    rows = []
+    for arm in dict.fromkeys(r.trial.arm for r in runs):
+        values = measured(runs, key, arm=arm)
+        rate = select(runs, stage=EVALUATION, arm=arm)[0].trial.rate
+        reach = f"{min(values):.1%}–{max(values):.1%}"
+        rows.append((arm, f"{rate:g}", f"{statistics.fmean(values):.1%} ({reach})"))
+    return Table(("network", "rate", f"{what} (range)"), tuple(rows))
