@@ -23,11 +23,13 @@ class Look:
     mark: str
 
 
-# First series dashed vermillion with squares, second solid blue with circles, third dotted green.
+# First series dashed vermillion with squares, second solid blue with circles, third dotted green,
+# fourth reddish purple with dashes and dots.
 LOOKS = (
     Look("#D55E00", (0, (5, 2)), "s"),
     Look("#0072B2", "solid", "o"),
     Look("#009E73", (0, (1, 1.5)), "^"),
+    Look("#CC79A7", (0, (6, 1.5, 1, 1.5)), "D"),
 )
 
 

@@ -247,7 +247,7 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=len(LOOKS))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
 
 
 def _plain(value: float, _: object) -> str:

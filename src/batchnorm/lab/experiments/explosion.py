@@ -155,9 +155,7 @@ def analyse(settings: ExplosionSettings, runs: Runs) -> Findings:
             else f"The growth with ReLU is π/(π − 1) with batches of {batch}, too.",
             verdict,
         )
-        for (activation, batch), verdict in zip(
-            settings.networks[1:], verdicts[1:], strict=True
-        )
+        for (activation, batch), verdict in zip(settings.networks[1:], verdicts[1:], strict=True)
     ]
     return Findings(
         summary=(

@@ -99,7 +99,10 @@ def analyse(settings: GhostSettings, runs: Runs) -> Findings:
 
     def better(size: int) -> Verdict:
         return judge(
-            errors(WHOLE), errors(arm(size)), unit="of the test rows wrong", names=(WHOLE, arm(size))
+            errors(WHOLE),
+            errors(arm(size)),
+            unit="of the test rows wrong",
+            names=(WHOLE, arm(size)),
         )
 
     verdict = better(settings.headline)
@@ -125,10 +128,7 @@ def analyse(settings: GhostSettings, runs: Runs) -> Findings:
             "batch of the optimizer is not among the arms.",
             "Whether another regulariser does as much.",
         ),
-        also=tuple(
-            Judged(f"So do groups of {size}.", better(size))
-            for size in others
-        ),
+        also=tuple(Judged(f"So do groups of {size}.", better(size)) for size in others),
     )
 
 

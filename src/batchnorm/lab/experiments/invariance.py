@@ -108,9 +108,7 @@ def _errors(settings: InvarianceSettings, runs: Runs) -> tuple[list[float], list
             max(
                 abs(factor * own / base - 1)
                 for factor, measured in others
-                for own, base in zip(
-                    measured["gradient_norms"], one["gradient_norms"], strict=True
-                )
+                for own, base in zip(measured["gradient_norms"], one["gradient_norms"], strict=True)
             )
         )
     return losses, gradients

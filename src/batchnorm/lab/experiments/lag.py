@@ -87,7 +87,9 @@ def run(trial: LagTrial, data: Dataset) -> Run[LagTrial]:
     if trial.small:
         # Three ends of one training: to the end as it began, or frozen for the last part.
         first = round(trial.small_steps * (1 - trial.tail))
-        training.fit(net, x, y, rate=trial.rate, steps=first, batch=trial.batch, seed=trial.seed, decay=False)
+        training.fit(
+            net, x, y, rate=trial.rate, steps=first, batch=trial.batch, seed=trial.seed, decay=False
+        )
         other = copy.deepcopy(net)
         recalibrate(other, x.split(trial.batch))
         freeze(other, affine=False)

@@ -129,8 +129,7 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     # A network that learned at no rate counts as one that needs a smaller one than any tried.
     floor = math.log10(lowest) - 1
     decades = {
-        arm: [floor if rate is None else math.log10(rate) for rate in largest[arm]]
-        for arm in ARMS
+        arm: [floor if rate is None else math.log10(rate) for rate in largest[arm]] for arm in ARMS
     }
     verdict = judge(
         decades[PLAIN],
@@ -192,12 +191,9 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             "larger rates, too.",
         ),
         also=(
+            Judged("At its best rate, the normalized network is more accurate.", better(best)),
             Judged(
-                "At its best rate, the normalized network is more accurate.", better(best)
-            ),
-            Judged(
-                f"At the smallest rate tried, {lowest:g}, the normalized network is more "
-                "accurate.",
+                f"At the smallest rate tried, {lowest:g}, the normalized network is more accurate.",
                 better(small),
             ),
         ),

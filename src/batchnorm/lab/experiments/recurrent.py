@@ -108,9 +108,7 @@ def run(trial: RecurrentTrial, data: Dataset) -> Run[RecurrentTrial]:
     with torch.random.fork_rng():  # torch's own initialization draws from the global generator
         torch.manual_seed(trial.seed)
         net = Reader(trial, x.shape[1] * trial.pixels, data.classes)
-    training.fit(
-        net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed
-    )
+    training.fit(net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed)
     return Run(trial, {"accuracy": training.accuracy(net, x_test, y_test)}, {})
 
 

@@ -165,9 +165,7 @@ def analyse(settings: ResidualSettings, runs: Runs) -> Findings:
             "The paper argues so, and trains without normalization by starting branches small.",
             "What happens with two layers in a branch, or with convolutions.",
         ),
-        also=(
-            Judged("Without normalization the branch has much more of the variance.", smaller),
-        ),
+        also=(Judged("Without normalization the branch has much more of the variance.", smaller),),
     )
 
 
@@ -177,11 +175,7 @@ def figures(settings: ResidualSettings, runs: Runs) -> list[Picture]:
 
     deepest = max(settings.depths)
     series = {
-        arm: [
-            r.measured["ratios"]
-            for r in runs
-            if (r.trial.arm, r.trial.depth) == (arm, deepest)
-        ]
+        arm: [r.measured["ratios"] for r in runs if (r.trial.arm, r.trial.depth) == (arm, deepest)]
         for arm in ARMS
     }
     return [
@@ -196,8 +190,7 @@ def figures(settings: ResidualSettings, runs: Runs) -> list[Picture]:
                 xlabel="block",
                 ylabel="variance of the branch /\nvariance of the sum",
                 lines={
-                    arm: [predicted(arm, block) for block in range(1, deepest + 1)]
-                    for arm in ARMS
+                    arm: [predicted(arm, block) for block in range(1, deepest + 1)] for arm in ARMS
                 },
             ),
         )

@@ -106,9 +106,7 @@ def run(trial: SmallBatchTrial, data: Dataset) -> Run[SmallBatchTrial]:
         net = networks.mlp([x.shape[1], *[trial.width] * trial.depth, data.classes], norm, weights)
     else:
         net = networks.resnet(x.shape[1], data.classes, norm, weights)
-    training.fit(
-        net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed
-    )
+    training.fit(net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed)
     return Run(trial, {"error": 1 - training.accuracy(net, x_test, y_test)}, {})
 
 
@@ -158,7 +156,9 @@ def analyse(settings: SmallBatchSettings, runs: Runs) -> Findings:
     caveats = [
         caveat
         for name in _arms(settings)
-        if (caveat := tuning.edge(select(runs, stage=EVALUATION, arm=name)[0].trial, settings.rates))
+        if (
+            caveat := tuning.edge(select(runs, stage=EVALUATION, arm=name)[0].trial, settings.rates)
+        )
     ]
     return Findings(
         summary=(
@@ -206,7 +206,10 @@ def figures(settings: SmallBatchSettings, runs: Runs) -> list[Picture]:
     series: dict[str, Any] = {
         network: (
             sizes,
-            [list(of_seed) for of_seed in zip(*(_errors(runs, arm(network, s)) for s in sizes), strict=True)],
+            [
+                list(of_seed)
+                for of_seed in zip(*(_errors(runs, arm(network, s)) for s in sizes), strict=True)
+            ],
         )
         for network in (MLP, CNN)
     }
