@@ -22,7 +22,7 @@ Activation = Callable[[], nn.Module]
 STAGES = (16, 32, 64)
 
 
-def nothing(channels: int) -> None:  # noqa: ARG001
+def nothing(channels: int) -> None:
     """No normalization."""
 
 
@@ -30,7 +30,7 @@ def dense(
     fan_in: int, fan_out: int, generator: torch.Generator, *, gain: float = 2.0, bias: bool = True
 ) -> nn.Linear:
     """A layer with normal weights of variance gain / fan-in (He's, by default) and zero bias."""
-    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=bias)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=bias)
     nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in), generator=generator)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -68,7 +68,7 @@ def convolution(
     bias: bool = False,
 ) -> nn.Conv2d:  # fmt: skip
     """A convolution that keeps the image's size (by its stride), with He's normal weights."""
-    layer = nn.utils.skip_init(
+    layer: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d, fan_in, fan_out, size, stride=stride, padding=size // 2, bias=bias
     )
     std = math.sqrt(2 / (fan_in * size * size))
@@ -105,7 +105,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The rectified sum."""
-        return (self.shortcut(x) + self.branch(x)).relu()
+        y: Tensor = (self.shortcut(x) + self.branch(x)).relu()
+        return y
 
 
 def resnet(

@@ -1,7 +1,8 @@
-"""Gradients explode with depth in batch-normalized networks before training, at a predicted rate."""
+"""Gradients explode with depth in normalized networks before training, at a predicted rate."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def run(trial: ExplosionTrial, data: Dataset) -> Run[ExplosionTrial]:
     h: Tensor = x[torch.randperm(len(x), generator=generator)[: trial.batch]]
     sizes = [h.shape[1], *[trial.width] * trial.depth]
     inputs: list[Tensor] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=False)
         nn.init.normal_(linear.weight, std=math.sqrt(1 / fan_in), generator=generator)
         h = BatchNorm(fan_out, activation="relu" if trial.activation == RELU else None)(linear(h))
@@ -190,9 +191,10 @@ def analyse(settings: ExplosionSettings, runs: Runs) -> Findings:
 
 def figures(settings: ExplosionSettings, runs: Runs) -> list[Picture]:
     """Draw the squared norm by layer, and the theory's slope beside it."""
+    from batchnorm.figures import LOOKS
     from batchnorm.lab import plots
 
-    chosen = settings.networks[: len(plots.LOOKS)]
+    chosen = settings.networks[: len(LOOKS)]
     series: dict[str, Any] = {}
     for activation, batch in chosen:
         name = f"{activation}, batches of {batch}"

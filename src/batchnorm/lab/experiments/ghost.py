@@ -109,9 +109,9 @@ def analyse(settings: GhostSettings, runs: Runs) -> Findings:
     others = [size for size in settings.sizes if size != settings.headline]
     return Findings(
         summary=(
-            f"Of a batch of {settings.batch} normalized as a whole, {statistics.fmean(errors(WHOLE)):.1%} "
-            f"of the test rows came out wrong; in groups of {settings.headline}, "
-            f"{statistics.fmean(errors(arm(settings.headline))):.1%}."
+            f"With batches of {settings.batch} normalized as a whole, "
+            f"{statistics.fmean(errors(WHOLE)):.1%} of the test rows came out wrong; in groups "
+            f"of {settings.headline}, {statistics.fmean(errors(arm(settings.headline))):.1%}."
         ),
         verdict=verdict,
         table=tuning.table(runs, "error", "test error"),
@@ -145,8 +145,8 @@ def figures(settings: GhostSettings, runs: Runs) -> list[Picture]:
         Picture(
             "error",
             "Test error by the size of the groups",
-            "The rightmost is the whole batch. See whether the line falls to the left. Line: median "
-            f"of {counted(settings.seeds, 'seed')}; band: lowest to highest seed.",
+            "The rightmost is the whole batch. See whether the line falls to the left. Line: "
+            f"median of {counted(settings.seeds, 'seed')}; band: lowest to highest seed.",
             plots.curves(
                 {"BatchNorm": (sizes, [list(row) for row in zip(*columns, strict=True)])},
                 xlabel="samples normalized together (log scale)",

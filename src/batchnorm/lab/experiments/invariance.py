@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ def run(trial: InvarianceTrial, data: Dataset) -> Run[InvarianceTrial]:
     head = nn.utils.skip_init(nn.Linear, trial.width, data.classes, bias=False)
     nn.init.normal_(head.weight, std=trial.width**-0.5, generator=generator)
     net = nn.Sequential(*layers, head).double()
-    weights = [net[3 * layer].weight for layer in range(trial.depth)]
+    weights: list[Any] = [net[3 * layer].weight for layer in range(trial.depth)]
     with torch.no_grad():
         for weight in weights:
             weight.mul_(trial.factor)
@@ -165,13 +166,14 @@ def analyse(settings: InvarianceSettings, runs: Runs) -> Findings:
 
 def figures(settings: InvarianceSettings, runs: Runs) -> list[Picture]:
     """Draw the gradient's norm by layer for each factor."""
+    from batchnorm.figures import LOOKS
     from batchnorm.lab import plots
 
     series = {
         f"weights × {factor:g}": [
             r.measured["gradient_norms"] for r in runs if r.trial.factor == factor
         ]
-        for factor in settings.factors[: len(plots.LOOKS)]
+        for factor in settings.factors[: len(LOOKS)]
     }
     return [
         Picture(

@@ -1,4 +1,4 @@
-"""Running averages lag behind the weights; exact statistics do not; freezing helps small batches."""
+"""Running averages lag behind the weights, exact statistics do not; freezing helps at the end."""
 
 from __future__ import annotations
 
@@ -149,17 +149,16 @@ def analyse(settings: LagSettings, runs: Runs) -> Findings:
         name: [r.measured[name][0] for r in _of(runs, 0.1, settings.small)]
         for name in ("average", "exact", "frozen")
     }
-    rows = []
-    for momentum in settings.momentums:
-        for epoch in dict.fromkeys((early, settings.epochs - 1)):
-            rows.append(
-                (
-                    f"momentum {momentum:g}, epoch {epoch + 1}",
-                    f"{statistics.fmean(at(momentum, 'average', epoch)):.1%}",
-                    f"{statistics.fmean(at(momentum, 'exact', epoch)):.1%}",
-                    "",
-                )
-            )
+    rows = [
+        (
+            f"momentum {momentum:g}, epoch {epoch + 1}",
+            f"{statistics.fmean(at(momentum, 'average', epoch)):.1%}",
+            f"{statistics.fmean(at(momentum, 'exact', epoch)):.1%}",
+            "",
+        )
+        for momentum in settings.momentums
+        for epoch in dict.fromkeys((early, settings.epochs - 1))
+    ]
     mean = {name: statistics.fmean(values) for name, values in small.items()}
     rows.append(
         (
@@ -224,7 +223,8 @@ def figures(settings: LagSettings, runs: Runs) -> list[Picture]:
         Picture(
             "lag",
             f"Test error by epoch, momentum {slowest:g}",
-            "One training, evaluated twice: the distance of the lines is the running average's lag. "
+            "One training, evaluated twice: the distance of the lines is the running average's "
+            "lag. "
             f"Lines: median of {counted(settings.seeds, 'seed')}; bands: lowest to highest seed.",
             plots.curves(
                 series,

@@ -92,7 +92,8 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """From (L, N, pixels)."""
         _, (h, _) = self.lstm(x.transpose(0, 1))
-        return self.head(h[0])
+        y: Tensor = self.head(h[0])
+        return y
 
 
 def run(trial: RecurrentTrial, data: Dataset) -> Run[RecurrentTrial]:
@@ -189,8 +190,8 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
     return Findings(
         summary=(
             f"Reading digits {settings.pixels} pixels at a time, the plain LSTM got "
-            f"{mean[PLAIN]:.1%} of the test rows right, with BN and γ = 0.1 {mean[SMALL]:.1%}, with "
-            f"γ = 1 {mean[ONE]:.1%}, and with one set of running statistics for all steps "
+            f"{mean[PLAIN]:.1%} of the test rows right, with BN and γ = 0.1 {mean[SMALL]:.1%}, "
+            f"with γ = 1 {mean[ONE]:.1%}, and with one set of running statistics for all steps "
             f"{mean[POOLED]:.1%}."
         ),
         verdict=verdict,

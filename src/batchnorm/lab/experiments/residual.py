@@ -78,7 +78,7 @@ def run(trial: ResidualTrial, data: Dataset) -> Run[ResidualTrial]:
     rows = images[torch.randperm(len(images), generator=generator)[: trial.batch]]
 
     def linear(fan_in: int, gain: float) -> nn.Linear:
-        layer = nn.utils.skip_init(nn.Linear, fan_in, trial.width, bias=False)
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, trial.width, bias=False)
         nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in), generator=generator)
         return layer
 
