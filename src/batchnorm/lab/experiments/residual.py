@@ -74,20 +74,22 @@ def predicted(arm: str, block: int) -> float:
 def run(trial: ResidualTrial, data: Dataset) -> Run[ResidualTrial]:
     """One forward pass through blocks x + W·relu(BN(x)), or x + W·relu(x)."""
     generator = torch.Generator().manual_seed(trial.seed)
-    images = torch.tensor(data.x_train).flatten(1)
+    images = torch.tensor(data.x_train).flatten(1).double()  # a plain one doubles at each block
     rows = images[torch.randperm(len(images), generator=generator)[: trial.batch]]
 
     def linear(fan_in: int, gain: float) -> nn.Linear:
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, trial.width, bias=False)
+        layer: nn.Linear = nn.utils.skip_init(
+            nn.Linear, fan_in, trial.width, bias=False, dtype=torch.float64
+        )
         nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in), generator=generator)
         return layer
 
     with torch.no_grad():
         h: Tensor = linear(rows.shape[1], 1.0)(rows)
-        h = BatchNorm(trial.width)(h)  # both arms begin with variance 1
+        h = BatchNorm(trial.width, dtype=torch.float64)(h)  # both arms begin with variance 1
         ratios = []
         for _ in range(trial.depth):
-            inner = BatchNorm(trial.width)(h) if trial.arm == NORMALIZED else h
+            inner = BatchNorm(trial.width, dtype=torch.float64)(h) if trial.arm == NORMALIZED else h
             branch = linear(trial.width, 2.0)(inner.relu())
             h = h + branch
             ratios.append(float(branch.var(0).mean() / h.var(0).mean()))
