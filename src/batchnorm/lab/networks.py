@@ -73,7 +73,7 @@ def convolution(
     )
     std = math.sqrt(2 / (fan_in * size * size))
     nn.init.normal_(layer.weight, std=std, generator=generator)
-    if bias:
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from batchnorm.figures import INK, LOOKS
 
@@ -44,28 +44,59 @@ def curves(
     *,
     xlabel: str,
     ylabel: str,
-    level: float,
-    level_label: str,
+    level: float | None = None,
+    level_label: str = "",
+    xscale: str = "log",
+    yscale: str = "linear",
+    share: bool = True,
+    marks: bool = False,
 ) -> Figure:
-    """Draw a share's median and range over seeds by step (log scale), and a level to be reached."""
+    """Draw the median and the range over seeds of something by something.
+
+    Args:
+        series: For each name, the places on the horizontal axis and a row of values a seed.
+        xlabel: Label of the horizontal axis.
+        ylabel: Label of the vertical axis.
+        level: Where a dotted line goes, if anywhere.
+        level_label: What the dotted line is.
+        xscale: "log" or "linear".
+        yscale: "log" or "linear".
+        share: The values are shares of one, and are labelled in percent.
+        marks: The places are few, and each median gets a mark.
+    """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
     for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
         low, middle, high = summary(rows)
         axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
-        axes.plot(x, middle, color=look.colour, linestyle=look.dash, label=name)
-    axes.axhline(level, color=INK, linewidth=1, linestyle=":")
-    axes.annotate(
-        level_label,
-        (0, level),
-        (4, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=9,
-    )
-    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+        axes.plot(
+            x,
+            middle,
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.mark if marks else None,
+            markersize=5,
+            label=name,
+        )
+    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+    if marks:
+        axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(_plain)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if yscale == "log":
+        _steps_of_a_decade(axes)
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            level_label,
+            (0, level),
+            (4, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=9,
+        )
     _legend(figure, axes)
     return figure
 
@@ -205,7 +236,7 @@ def by_layer(
     """
     figure = Figure((WIDTH, 3.4))
     axes = figure.subplots()
-    for side, look, (name, rows) in zip((-1, 1, 0), LOOKS, series.items(), strict=False):
+    for side, look, (name, rows) in zip((-1, 1, 3, -3), LOOKS, series.items(), strict=False):
         if lines and name in lines:
             along = range(1, len(lines[name]) + 1)
             axes.plot(along, lines[name], color=INK, linestyle=":", linewidth=1)
@@ -227,7 +258,8 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
     """Draw every seed's value as a mark on a line of its series, and the median as a stroke."""
     figure = Figure((WIDTH, 0.7 + 0.55 * len(series)))
     axes = figure.subplots()
-    for place, (look, (_, values)) in enumerate(zip(LOOKS, series.items(), strict=False)):
+    # The names stand on the axis, so looks may come again.
+    for place, (look, (_, values)) in enumerate(zip(itertools.cycle(LOOKS), series.items())):
         axes.plot(
             values,
             [-place] * len(values),

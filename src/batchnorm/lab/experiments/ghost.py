@@ -128,7 +128,10 @@ def analyse(settings: GhostSettings, runs: Runs) -> Findings:
             "batch of the optimizer is not among the arms.",
             "Whether another regulariser does as much.",
         ),
-        also=tuple(Judged(f"Groups of {size} generalise better than the whole batch.", better(size)) for size in others),
+        also=tuple(
+            Judged(f"Groups of {size} generalise better than the whole batch.", better(size))
+            for size in others
+        ),
     )
 
 
