@@ -1,13 +1,15 @@
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import pytest
 
 import lab_tiny
-from batchnorm import __version__
+from batchnorm import __version__, lab
 
 TESTS = Path(__file__).parent
 ENTRY = "import sys; sys.argv[0] = 'batchnorm'; from batchnorm.cli import main; main()"
@@ -40,6 +42,16 @@ def test_version_and_list():
     words = " ".join(out.split())
     for word in ("convergence", "fewer steps", "Ioffe & Szegedy 2015", "arXiv:1502.03167"):
         assert word in words
+    # Every experiment was timed in both profiles, and the minutes stand beside the claim.
+    cores = joblib.cpu_count()
+    for name, expected in lab.minutes.expected().items():
+        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
+        assert line.split()[-2:] == [f"{expected[profile]:.1f}" for profile in ("quick", "full")]
+    timed = json.loads((Path(lab.minutes.__file__).with_name(lab.minutes.FILE)).read_text())
+    assert set(timed["core_minutes"]) == set(lab.discover())
+    assert timed["core_minutes"]["convergence"]["full"] == pytest.approx(
+        lab.minutes.expected()["convergence"]["full"] * cores
+    )
 
 
 WRONG = {
@@ -88,6 +100,32 @@ def test_a_run_in_a_pipe_is_plain_text_with_the_verdict_and_the_report(tmp_path)
     assert cells == columns
 
 
+@pytest.mark.slow
+def test_several_experiments_end_in_one_page_and_one_that_fails_costs_no_other(tmp_path):
+    arguments = ["--profile", "tiny", "--jobs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    process = start("lab", "run", "explosion", "convergence", *arguments, code=lab_tiny.COMMAND)
+    code, printed, err = finish(process)
+    assert code == 2
+    assert "explosion: explosion has no profile 'tiny'" in err
+    assert "convergence (2 of 2)" in err
+    assert "1 of 2 experiments could not be done, for the reasons given above: explosion." in err
+    assert "Traceback" not in err
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
+    *_, page, last = printed.splitlines()
+    assert (page, last) != ("", "")
+    assert last == f"All claims in {tmp_path} on one page: {tmp_path / 'report.html'}"
+    outcomes = printed[printed.rindex("experiment") :]
+    assert "unresolved" in outcomes  # one seed decides nothing
+    assert (tmp_path / "convergence-tiny-1-seed" / "report.html").is_file()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_all_and_names_exclude_each_other():
+    code, out, err = finish(start("lab", "run", "--all", "convergence"))
+    assert (code, out) == (2, "")
+    assert "expected names or --all" in err
+
+
 def test_without_out_other_evidence_is_not_overwritten(tmp_path):
     def run(*arguments):
         command = [sys.executable, "-c", lab_tiny.COMMAND, "lab", "run", "--profile", "tiny"]
@@ -118,7 +156,18 @@ def test_python_m_batchnorm_is_the_command():
 def test_help_explains_every_option():
     code, out, _ = finish(start("lab", "run", "--help"))
     assert code == 0
-    for word in ("NAME", "--out", "--seeds", "--profile", "--data", "--jobs", "Ctrl-C", ".npz"):
+    for word in (
+        "NAME",
+        "--out",
+        "--seeds",
+        "--profile",
+        "--data",
+        "--jobs",
+        "Ctrl-C",
+        ".npz",
+        "--all",
+        "--tensorboard",
+    ):
         assert word in out
 
 

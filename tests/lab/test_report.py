@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 import statistics
-from html.parser import HTMLParser
 
 import pytest
 
@@ -13,6 +12,7 @@ from batchnorm import figures, lab
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab import plots
 from batchnorm.lab.experiments import convergence
+from web_page import Page
 
 FIGURES = {"accuracy", "sweep", "inputs", "one-input", "gradients", "time"}
 
@@ -39,28 +39,6 @@ def content(directory):
 
     text = (directory / "results.json").read_text(encoding="utf-8")
     return json.loads(text, parse_constant=refuse)
-
-
-class Page(HTMLParser):
-    """Collects the text, the ids, and everything that points anywhere."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.ids, self.targets, self.text, self.lang = [], [], [], "", None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("href", "src", "srcset", "xlink:href", "action", "data", "poster"):
-                self.targets.append(value)
-            if tag == "html" and name == "lang":
-                self.lang = value
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_results_hold_what_is_needed_to_judge_and_to_repeat(done):

@@ -87,6 +87,10 @@ def test_a_second_call_does_nothing_and_more_seeds_add_only_their_own(
     assert log.advanced == []
     more = execute(tmp_path, dataclasses.replace(SETTINGS, seeds=3), jobs=1, progress=log)
     assert log.advanced == ["evaluation"] * 2
+    # Whoever asks for each run gets those of earlier, too, and none twice.
+    given: list[Run] = []
+    again = execute(tmp_path, dataclasses.replace(SETTINGS, seeds=4), jobs=1, each=given.append)
+    assert sorted(map(repr, given)) == sorted(map(repr, again))
     assert {r.trial.seed for r in more if r.trial.stage == "evaluation"} == {0, 1, 2}
 
 
@@ -125,12 +129,17 @@ def test_a_killed_worker_is_an_error_with_a_remedy(tmp_path):
 def test_a_trial_has_one_thread_and_may_diverge():
     def diverge(trial, data):
         warnings.warn("NaN", NonFiniteWarning, stacklevel=1)
-        return Run(trial, {"threads": torch.get_num_threads()}, {})
+        return Run(trial, {"threads": torch.get_num_threads()}, {"own": 1.5})
 
     trial = EXPERIMENT.plan(SETTINGS, [])[0]
     torch.set_num_threads(2)
     try:
-        assert runner._attempt(diverge, trial, None, None) == Run(trial, {"threads": 1}, {})
+        start = time.perf_counter()
+        done = runner._attempt(diverge, trial, None, None)
+        took = time.perf_counter() - start
+        assert (done.trial, done.measured) == (trial, {"threads": 1})
+        assert 0 < done.timing.pop(runner.RUN_S) <= took
+        assert done.timing == {"own": 1.5}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -160,6 +169,27 @@ def test_the_callers_backend_takes_over(tmp_path, backend):
     with joblib.parallel_config(backend="borrowed", n_jobs=2):
         runs = execute(tmp_path / "borrowed", short)
     assert backend.used == 10
+    assert essence(runs) == essence(execute(tmp_path / "own", short, jobs=1))
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_gives_the_same_bits(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    short, data = dataclasses.replace(SETTINGS, steps=20), load("digits")
+    experiment = dataclasses.replace(EXPERIMENT, run=lab_tiny.whose)
+    store = Store(tmp_path / "dask", experiment, data.fingerprint)
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path
+        ) as cluster,
+        distributed.Client(cluster) as client,
+        joblib.parallel_config(backend="dask"),
+    ):
+        client.run(sys.path.append, str(TESTS))
+        workers = set(client.run(os.getpid).values())
+        runs = runner.execute(experiment, short, data, store)
+    assert {run.timing["process"] for run in runs} == workers
+    assert len(workers) == 2
     assert essence(runs) == essence(execute(tmp_path / "own", short, jobs=1))
 
 

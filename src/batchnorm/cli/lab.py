@@ -13,7 +13,7 @@ from rich.console import Console
 
 from batchnorm.cli.printing import print_table, print_text
 from batchnorm.cli.status import INTERRUPTED
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, BatchNormError
 
 # The experiment of `lab run` without a name.
 MAIN_EXPERIMENT = "convergence"
@@ -26,11 +26,22 @@ def add(lab_app: typer.Typer) -> None:
 
     @lab_app.command("list")
     def list_experiments() -> None:
-        """List the experiments: the claim that each one tests, and who made it."""
+        """List the experiments: the claim that each one tests, who made it, and how long it takes.
+
+        Minutes are estimates for this machine with all its cores, from runs timed elsewhere.
+        """
         from batchnorm import lab
 
-        rows = [(e.name, e.claim, e.source) for e in lab.discover().values()]
-        print_table(Console(), ("name", "claim", "paper"), rows)
+        minutes = lab.minutes.expected()
+        rows = [
+            (
+                e.name,
+                f"{e.claim}\n{e.source}\n",
+                *(_minutes(minutes, e.name, profile) for profile in ("quick", "full")),
+            )
+            for e in lab.discover().values()
+        ]
+        print_table(Console(), ("name", "claim and paper", "quick min", "full min"), rows)
 
     @lab_app.command("run")
     def run(
@@ -67,8 +78,8 @@ def add(lab_app: typer.Typer) -> None:
             str,
             typer.Option(
                 metavar="quick|full",
-                help="quick takes a minute; full, a finer and longer sweep, about seven on 2 cores "
-                "(an estimate from single runs).",
+                help="quick takes seconds to a minute; full, a finer and longer sweep with 8 "
+                "seeds, minutes. `batchnorm lab list` tells how many.",
             ),
         ] = "quick",
         data: Annotated[
@@ -87,51 +98,39 @@ def add(lab_app: typer.Typer) -> None:
                 min=1, metavar="N", help="Processes to train in; one a core if not given."
             ),
         ] = None,
+        tensorboard: Annotated[
+            bool,
+            typer.Option(
+                "--tensorboard",
+                help="Also log every run, as it is finished, for `tensorboard --logdir DIR`.",
+            ),
+        ] = False,
     ) -> None:
         """Run experiments: train, judge each claim, write a report.
 
         Ctrl-C loses no finished training run. The same command goes on where it stopped.
         """
         from batchnorm import lab
-        from batchnorm.lab.progress import watch
-        from batchnorm.lab.words import counted
 
         if everything and names:
             raise ArgumentError("expected names or --all, got both; give one of them")
         names = list(lab.discover()) if everything else names or [MAIN_EXPERIMENT]
-        for name in names:
-            lab.find(name)
-        for name in names:
-            if out:
-                directory = out if len(names) == 1 else out / name
-            else:
-                directory = OUT / lab.default_directory(
-                    name, profile=profile, seeds=seeds, data=data
-                )
-            try:
-                with watch(Console(stderr=True)) as progress:
-                    found = lab.run(
-                        name,
-                        directory,
-                        profile=profile,
-                        seeds=seeds,
-                        data=data,
-                        jobs=jobs or -1,
-                        progress=progress,
-                    )
-            except KeyboardInterrupt:
-                kept = len(list((directory / lab.RUNS).glob("*.json")))
-                print_text(
-                    Console(stderr=True),
-                    f"Stopped. {counted(kept, 'finished run')} kept in {directory / lab.RUNS}. "
-                    f"To go on from there:\n  {shlex.join(['batchnorm', *sys.argv[1:]])}",
-                )
-                raise typer.Exit(INTERRUPTED) from None
-            _print_findings(Console(), found.content)
-            print_text(Console(), f"Report: {directory / 'report.html'}")
-        if len(names) > 1:
-            page = lab.write_report(directory.parent)
-            print_text(Console(), f"All of them on one page: {page}")
+        options = {
+            "profile": profile,
+            "seeds": seeds,
+            "data": data,
+            "jobs": jobs or -1,
+            "tensorboard": tensorboard,
+        }
+        own = {
+            name: lab.default_directory(name, profile=profile, seeds=seeds, data=data)
+            for name in names
+        }
+        if len(own) == 1:
+            (name,) = own
+            _run(name, out or OUT / own[name], options)
+        else:
+            _run_several({name: (out or OUT) / folder for name, folder in own.items()}, options)
 
     @lab_app.command("report")
     def report(
@@ -153,6 +152,73 @@ def add(lab_app: typer.Typer) -> None:
 def _colour(judged: dict[str, Any]) -> str:
     outcome = judged["verdict"]["outcome"]
     return {"reproduced": "green", "contradicted": "red"}.get(outcome, "yellow")
+
+
+def _run(name: str, directory: Path, options: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Run one experiment, print what it found, and return its results."""
+    from batchnorm import lab
+    from batchnorm.lab.progress import watch
+    from batchnorm.lab.words import counted
+
+    try:
+        with watch(Console(stderr=True)) as progress:
+            if place:
+                progress.note(f"{name} ({place})")
+            results = lab.run(name, directory, progress=progress, **options)
+    except KeyboardInterrupt:
+        kept = len(list((directory / lab.RUNS).glob("*.json")))
+        print_text(
+            Console(stderr=True),
+            f"Stopped. {counted(kept, 'finished run')} kept in {directory / lab.RUNS}. "
+            f"To go on from there:\n  {shlex.join(['batchnorm', *sys.argv[1:]])}",
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    _print_findings(Console(), results.content)
+    print_text(Console(), f"Report: {directory / 'report.html'}")
+    return results.content
+
+
+def _run_several(directories: dict[str, Path], options: dict[str, Any]) -> None:
+    """Run one after the other; those that cannot be done are named at the end."""
+    from batchnorm import lab
+
+    found: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for number, (name, directory) in enumerate(directories.items(), start=1):
+        try:
+            found.append(_run(name, directory, options, f"{number} of {len(directories)}"))
+        except BatchNormError as error:
+            # One experiment that these data do not suit must not cost the others.
+            if str(error) not in failed.values():
+                print_text(Console(stderr=True), f"{name}: {error}")
+            failed[name] = str(error)
+    if found:
+        _print_outcomes(Console(), found)
+        page = lab.write_report(directory.parent)
+        print_text(Console(), f"All claims in {directory.parent} on one page: {page}")
+    if failed:
+        raise BatchNormError(
+            f"{len(failed)} of {len(directories)} experiments could not be done, for the reasons "
+            f"given above: {', '.join(failed)}. The others are finished and reported."
+        )
+
+
+def _minutes(expected: dict[str, dict[str, float]], name: str, profile: str) -> str:
+    minutes = expected.get(name, {}).get(profile)
+    return "" if minutes is None else f"{minutes:.1f}"
+
+
+def _print_outcomes(console: Any, contents: list[dict[str, Any]]) -> None:
+    """Print a line a claim."""
+    rows = []
+    for content in contents:
+        findings = content["findings"]
+        judged = [(content["experiment"]["claim"], findings["verdict"])]
+        judged += [(other["claim"], other["verdict"]) for other in findings["also"]]
+        for place, (claim, verdict) in enumerate(judged):
+            name = "" if place else content["experiment"]["name"]
+            rows.append((name, claim, verdict["outcome"]))
+    print_table(console, ("experiment", "claim", "outcome"), rows)
 
 
 def _print_findings(console: Any, content: dict[str, Any]) -> None:

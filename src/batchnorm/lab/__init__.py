@@ -9,6 +9,7 @@ Needs the `lab` extra.
 """
 
 from batchnorm.lab import _extra as _extra
+from batchnorm.lab import minutes as minutes
 from batchnorm.lab.experiments import discover as discover
 from batchnorm.lab.experiments import find as find
 from batchnorm.lab.study import RUNS as RUNS

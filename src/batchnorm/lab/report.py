@@ -12,9 +12,11 @@ import jinja2
 from batchnorm import figures
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
+from batchnorm.lab.overview import Overview, overview, strongest
+from batchnorm.lab.runner import RUN_S
 from batchnorm.lab.store import write_atomically
-from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
-from batchnorm.lab.words import counted
+from batchnorm.lab.verdict import Verdict
+from batchnorm.lab.words import duration
 
 FILE = "report.html"
 TEMPLATE = "report.template.html"
@@ -48,11 +50,11 @@ def build(directory: Path) -> Path:
         build(folder)
         found = results.read(folder)
         sections.append(_section(found, folder / "figures", folder.name))
-    return _write(directory, TITLE, sections, _overview(sections))
+    return _write(directory, TITLE, strongest(sections), overview(sections))
 
 
 def _write(
-    directory: Path, title: str, sections: list[dict[str, Any]], overview: Any = None
+    directory: Path, title: str, sections: list[dict[str, Any]], above: Overview | None = None
 ) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.lab", ""),
@@ -62,7 +64,7 @@ def _write(
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE)
-    html = page.render(title=title, sections=sections, overview=overview, looks=figures.LOOKS)
+    html = page.render(title=title, sections=sections, overview=above, looks=figures.LOOKS)
     path = directory / FILE
     write_atomically(path, html)
     return path
@@ -94,56 +96,12 @@ def _section(found: results.Results, folder: Path, anchor: str = "") -> dict[str
             }
             for picture, drawing in zip(pictures, drawings, strict=True)
         ],
-        "steps_s": sum(run["timing"].get("steps_s", 0.0) for run in content["runs"]),
+        "duration": duration(sum(run["timing"].get(RUN_S, 0.0) for run in content["runs"])),
     }
 
 
 def _verdict(content: dict[str, Any]) -> Verdict:
     return Verdict(**{**content, "differences": tuple(content["differences"])})
-
-
-def _overview(sections: list[dict[str, Any]]) -> dict[str, Any]:
-    """What stands above the claims: every outcome, what failed, and quick beside full."""
-    rows = []
-    for section in sections:
-        claims = [(section["experiment"]["claim"], section["verdict"])]
-        claims += [(other["claim"], other["verdict"]) for other in section["also"]]
-        rows += [
-            {
-                "anchor": section["anchor"],
-                "experiment": section["experiment"]["name"],
-                "profile": section["profile"],
-                "claim": claim,
-                "outcome": verdict.outcome,
-                "sentence": verdict.sentence,
-            }
-            for claim, verdict in claims
-        ]
-    outcomes: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        of_claim = outcomes.setdefault((row["experiment"], row["claim"]), {})
-        of_claim.setdefault(row["profile"], row["outcome"])
-    both = [
-        {"claim": claim, "quick": by["quick"], "full": by["full"]}
-        for (_, claim), by in outcomes.items()
-        if {"quick", "full"} <= by.keys()
-    ]
-    # Where there is a full run, it is the one to go by.
-    last = {
-        (row["experiment"], row["claim"]): row
-        for row in sorted(rows, key=lambda row: row["profile"] == "full")
-    }
-    counts = {
-        outcome: sum(row["outcome"] == outcome for row in last.values())
-        for outcome in (REPRODUCED, CONTRADICTED, UNRESOLVED)
-    }
-    said = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
-    return {
-        "counts": f"{counted(len(last), 'claim')}: {said}.",
-        "rows": rows,
-        "failed": [row for row in last.values() if row["outcome"] != REPRODUCED],
-        "profiles": both,
-    }
 
 
 def _svg(picture: Picture) -> str:

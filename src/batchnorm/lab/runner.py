@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import joblib
@@ -27,6 +27,9 @@ from batchnorm.lab.store import Store
 # A backend that cannot hand results over one by one (Ray's) gets the trials in slices of this many
 # for each worker: few enough to lose little when stopped, enough to keep workers from waiting.
 SLICE = 4
+
+# The entry of a run's timing that says how many seconds the whole of it took.
+RUN_S = "run_s"
 
 
 class TrialError(BatchNormError):
@@ -60,6 +63,7 @@ def execute(
     *,
     jobs: int | None = None,
     progress: Progress | None = None,
+    each: Callable[[Run[Any]], None] | None = None,
 ) -> list[Run[Any]]:
     """Do what the experiment plans, skip what is already done, and return every run in plan order.
 
@@ -72,6 +76,7 @@ def execute(
             `joblib.parallel_config`, which may name a Dask or Ray cluster (without one: no
             parallelism).
         progress: Who is told.
+        each: Is given every run once, as soon as it is there, be it from an earlier time.
 
     Raises:
         TrialError: Some trials raised (the others were done first), or a worker was killed.
@@ -87,6 +92,9 @@ def execute(
         known = finished | {trial: run for trial, run in filed.items() if run}
         todo = [trial for trial in new if trial not in known]
         left = Counter(trial.stage for trial in todo)
+        for run in filter(None, filed.values()):
+            if each:
+                each(run)
         for stage, total in Counter(trial.stage for trial in new).items():
             progress.stage(stage, total, total - left[stage])
         failures = []
@@ -97,6 +105,8 @@ def execute(
                         failures.append(result)
                     else:
                         known[result.trial] = store.save(result)
+                        if each:
+                            each(known[result.trial])
                     progress.advance(result.trial.stage)
         except BrokenProcessPool as error:
             raise TrialError(
@@ -139,7 +149,10 @@ def _results(
 def _attempt(
     run: Callable[[Any, Dataset], Run[Any]], trial: Any, data: Dataset, parent: int | None
 ) -> Run[Any] | _Failure:
-    """Run in a worker: one thread, for equal results everywhere and no fight over the cores."""
+    """Run in a worker: one thread, for equal results everywhere and no fight over the cores.
+
+    How long it took goes into the run's timing, as RUN_S.
+    """
     if parent not in (None, os.getpid()):
         _die_with(parent)
     threads = torch.get_num_threads()
@@ -148,7 +161,9 @@ def _attempt(
         with warnings.catch_warnings():
             # A sweep goes on until it diverges; that is a result, not an accident.
             warnings.simplefilter("ignore", NonFiniteWarning)
-            return run(trial, data)
+            start = time.perf_counter()
+            done = run(trial, data)
+            return replace(done, timing={**done.timing, RUN_S: time.perf_counter() - start})
     except Exception:
         return _Failure(trial, traceback.format_exc())
     finally:

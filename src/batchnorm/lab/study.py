@@ -11,9 +11,11 @@ from batchnorm.lab import data as datasets
 from batchnorm.lab import results, runner
 from batchnorm.lab.experiments import find
 from batchnorm.lab.store import Store
+from batchnorm.lab.tensorboard import Log
 from batchnorm.lab.words import counted
 
 RUNS = "runs"
+LOGS = "tensorboard"
 
 
 def run(
@@ -25,6 +27,7 @@ def run(
     data: str = "digits",
     jobs: int | None = None,
     progress: runner.Progress | None = None,
+    tensorboard: bool = False,
 ) -> results.Results:
     """Run an experiment, judge it, and write `out`/results.json, report.html, figures/ and runs/.
 
@@ -39,11 +42,13 @@ def run(
         jobs: How many local processes; -1 for one a core; None for what the surrounding
             `joblib.parallel_config` says, so that backend="dask" or "ray" takes it to a cluster.
         progress: Who is told of every finished run.
+        tensorboard: Whether every run's measurements also go into `out`/tensorboard, as they come.
 
     Raises:
         ArgumentError: There is no such experiment or profile, or `seeds` or `jobs` is impossible.
         InputError: The data file cannot be used.
         TrialError: Some training runs raised; the others are kept.
+        MissingDependencyError: TensorBoard is wanted, and is not installed.
     """
     experiment = find(name)
     if profile not in experiment.profiles:
@@ -60,7 +65,16 @@ def run(
     directory = Path(out)
     dataset = datasets.load(data)
     store = Store(directory / RUNS, experiment, dataset.fingerprint)
-    runs = runner.execute(experiment, settings, dataset, store, jobs=jobs, progress=progress)
+    log = Log(directory / LOGS, settings) if tensorboard else None
+    runs = runner.execute(
+        experiment,
+        settings,
+        dataset,
+        store,
+        jobs=jobs,
+        progress=progress,
+        each=log.add if log else None,
+    )
     command = ["batchnorm", "lab", "run", name, "--profile", profile, "--data", data]
     found = results.write(
         directory,

@@ -27,3 +27,14 @@ def compared(ratio: float, more: str, less: str, same: str) -> str:
         return f"about {same}"
     number = f"{factor:,.0f}" if factor >= 10 else f"{factor:.1f}"
     return f"{number} times {more if ratio > 1 else less}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it.
+
+    >>> duration(8.21), duration(95), duration(7384)
+    ('8 s', '1.6 min', '2.1 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,124 @@
+"""What stands above the claims on a page of many: every outcome, what failed, quick beside full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
+from batchnorm.lab.words import counted
+
+QUICK, FULL = "quick", "full"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim and what became of it; the first of an experiment's is its own."""
+
+    anchor: str
+    source: str
+    claim: str
+    verdict: Verdict
+    main: bool
+
+    @property
+    def numbers(self) -> str:
+        """The mean difference and the seeds that agree, positive for the claim.
+
+        Its standard error says nothing where an arm never got there; the claim's own page tells.
+        """
+        verdict = self.verdict
+        error = verdict.standard_error
+        spread = f" ± {error:.2g}" if error is not None else ""
+        agree = f"{verdict.right} of {counted(verdict.pairs, 'seed')}"
+        return f"{verdict.mean:+.3g}{spread} {verdict.unit}, {agree}"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """`both` has (claim, quick verdict, full verdict) where an experiment was run in both."""
+
+    rows: tuple[Row, ...]
+    both: tuple[tuple[str, Verdict, Verdict], ...]
+
+    @property
+    def counts(self) -> str:
+        """How many claims there are, and how they came out."""
+        number = {
+            outcome: sum(row.verdict.outcome == outcome for row in self.rows)
+            for outcome in (REPRODUCED, CONTRADICTED, UNRESOLVED)
+        }
+        said = ", ".join(f"{n} {outcome}" for outcome, n in number.items() if n)
+        return f"{counted(len(self.rows), 'claim')}: {said}."
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """What was not reproduced."""
+        return tuple(row for row in self.rows if row.verdict.outcome != REPRODUCED)
+
+    @property
+    def agreement(self) -> str:
+        """How many claims came out the same in both profiles."""
+        same = sum(quick.outcome == full.outcome for _, quick, full in self.both)
+        turned = sum(
+            {quick.outcome, full.outcome} == {REPRODUCED, CONTRADICTED}
+            for _, quick, full in self.both
+        )
+        return (
+            f"{same} of {counted(len(self.both), 'claim')} came out the same in both; "
+            f"{turned or 'none'} turned from reproduced to contradicted, or back."
+        )
+
+
+def strongest(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a section for each experiment and data set: the full one, else that of most seeds."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for section in sections:
+        key = _subject(section)
+        if key not in best or _strength(section) > _strength(best[key]):
+            best[key] = section
+    return list(best.values())
+
+
+def overview(sections: Sequence[dict[str, Any]]) -> Overview:
+    """Gather what all sections say; each experiment and data set counts once."""
+    shown = strongest(sections)
+    rows = [
+        Row(
+            anchor=section["anchor"],
+            source=section["experiment"]["source"],
+            claim=claim,
+            verdict=verdict,
+            main=not place,
+        )
+        for section in shown
+        for place, (claim, verdict) in enumerate(_claims(section).items())
+    ]
+    both = []
+    for section in shown:
+        if section["profile"] != FULL:
+            continue
+        for other in sections:
+            if other["profile"] == QUICK and _subject(other) == _subject(section):
+                quick = _claims(other)
+                both += [
+                    (claim, quick[claim], verdict)
+                    for claim, verdict in _claims(section).items()
+                    if claim in quick
+                ]
+                break
+    return Overview(tuple(rows), tuple(both))
+
+
+def _claims(section: dict[str, Any]) -> dict[str, Verdict]:
+    own = {section["experiment"]["claim"]: section["verdict"]}
+    return own | {other["claim"]: other["verdict"] for other in section["also"]}
+
+
+def _subject(section: dict[str, Any]) -> tuple[str, str]:
+    return section["experiment"]["name"], section["data"]["fingerprint"]
+
+
+def _strength(section: dict[str, Any]) -> tuple[bool, int]:
+    return section["profile"] == FULL, section["verdict"].pairs

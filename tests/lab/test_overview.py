@@ -1,0 +1,120 @@
+import dataclasses
+import shutil
+
+import pytest
+
+import lab_tiny
+from batchnorm import lab
+from batchnorm.lab.experiments import convergence, explosion
+from batchnorm.lab.overview import overview, strongest
+from batchnorm.lab.verdict import judge
+from web_page import Page
+
+BETTER, WORSE, SAME = [3.0, 4.0, 5.0], [-3.0, -4.0, -5.0], [-1.0, 0.0, 1.0]
+
+
+def verdict(differences):
+    return judge(differences, [0.0] * len(differences), unit="steps")
+
+
+def section(name, differences, *, profile="quick", data="digits", also=()):
+    return {
+        "anchor": f"{name}-{profile}-{data}",
+        "experiment": {"name": name, "claim": f"{name} helps.", "source": f"{name} 2015"},
+        "profile": profile,
+        "data": {"fingerprint": data},
+        "verdict": verdict(differences),
+        "also": [{"claim": claim, "verdict": verdict(d)} for claim, d in also],
+    }
+
+
+def test_every_claim_is_counted_once_and_failures_are_listed():
+    found = overview(
+        [
+            section("a", BETTER, also=[("More.", WORSE), ("Less.", SAME)]),
+            section("b", WORSE),
+            section("b", BETTER, data="wine"),
+        ]
+    )
+    assert found.counts == "5 claims: 2 reproduced, 2 contradicted, 1 unresolved."
+    claims = ["a helps.", "More.", "Less.", "b helps.", "b helps."]
+    assert [row.claim for row in found.rows] == claims
+    assert [row.main for row in found.rows] == [True, False, False, True, True]
+    assert [(row.anchor, row.claim) for row in found.failed] == [
+        ("a-quick-digits", "More."),
+        ("a-quick-digits", "Less."),
+        ("b-quick-digits", "b helps."),
+    ]
+    assert found.both == ()
+    assert found.rows[0].numbers == "+4 ± 0.58 steps, 3 of 3 seeds"
+    assert overview([section("a", [2.0])]).rows[0].numbers == "+2 steps, 1 of 1 seed"
+
+
+def test_full_goes_before_quick_and_many_seeds_before_few():
+    quick = section("a", BETTER, also=[("More.", BETTER), ("Turned.", BETTER), ("Old.", SAME)])
+    full = section(
+        "a", SAME, profile="full", also=[("More.", BETTER), ("Turned.", WORSE), ("New.", SAME)]
+    )
+    other = section("a", WORSE, data="wine")
+    for order in ([quick, full, other], [other, full, quick]):
+        assert [s["anchor"] for s in sorted(strongest(order), key=lambda s: s["anchor"])] == [
+            "a-full-digits",
+            "a-quick-wine",
+        ]
+        found = overview(order)
+        assert found.counts == "5 claims: 1 reproduced, 2 contradicted, 2 unresolved."
+        assert [(claim, q.outcome, f.outcome) for claim, q, f in found.both] == [
+            ("a helps.", "reproduced", "unresolved"),
+            ("More.", "reproduced", "reproduced"),
+            ("Turned.", "reproduced", "contradicted"),
+        ]
+        assert found.agreement == (
+            "1 of 3 claims came out the same in both; 1 turned from reproduced to contradicted, or "
+            "back."
+        )
+    few, many = section("a", BETTER[:2]), section("a", BETTER)
+    assert strongest([few, many]) == strongest([many, few]) == [many]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """One experiment in both profiles, another in one, as `lab run` leaves them."""
+    directory = tmp_path_factory.mktemp("everything")
+    quick = dataclasses.replace(lab_tiny.SETTINGS, steps=60)
+    profiles = {"quick": quick, "full": dataclasses.replace(quick, seeds=3)}
+    small = dataclasses.replace(explosion.PROFILES["quick"], seeds=2, width=32)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = dataclasses.replace(lab_tiny.EXPERIMENT, profiles=profiles)
+        patch.setattr(convergence, "EXPERIMENT", tiny)
+        lab.run("convergence", directory / "convergence", jobs=1)
+        lab.run("convergence", directory / "convergence-full", profile="full", jobs=1)
+        fast = dataclasses.replace(explosion.EXPERIMENT, profiles={"quick": small})
+        patch.setattr(explosion, "EXPERIMENT", fast)
+        lab.run("explosion", directory / "explosion", jobs=1)
+    return directory
+
+
+def test_a_directory_of_results_becomes_one_page(everything, tmp_path):
+    path = lab.write_report(everything)
+    assert path == everything / "report.html"
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    text = " ".join(page.text.split())
+    assert page.tags.count("article") == 2
+    assert {"convergence-full", "explosion"} <= set(page.ids)
+    assert "--profile full" in text
+    assert "--profile quick --data digits --seeds 2" in text  # explosion's
+    assert "Quick and full" in text
+    assert "What did not reproduce" in text
+    assert len(page.ids) == len(set(page.ids))
+    assert {target[1:] for target in page.targets} <= set(page.ids)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "image"} & set(page.tags)
+    assert "http" not in html
+    for folder in ("convergence", "convergence-full", "explosion"):
+        assert (everything / folder / "report.html").is_file()
+
+    # From results alone, the same bytes.
+    for folder in ("convergence", "convergence-full", "explosion"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(everything / folder / "results.json", tmp_path / folder)
+    assert lab.write_report(tmp_path).read_bytes() == path.read_bytes()
