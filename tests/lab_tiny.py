@@ -4,8 +4,12 @@ import dataclasses
 import os
 import signal
 import time
+from pathlib import Path
 
 from batchnorm.lab.experiments import convergence
+
+# Where a process of its own finds this module, beside all that this process finds.
+PATH = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 SETTINGS = dataclasses.replace(
     convergence.PROFILES["quick"],

@@ -19,7 +19,7 @@ def start(*arguments, code=ENTRY, **environment):
     """Start the command in a process of its own, its output in pipes, 80 columns wide."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "80", **environment},
+        env={**os.environ, "PYTHONPATH": lab_tiny.PATH, "COLUMNS": "80", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,7 +114,7 @@ def test_several_experiments_end_in_one_page_and_one_that_fails_costs_no_other(t
     *_, page, last = printed.splitlines()
     assert (page, last) != ("", "")
     assert last == f"All claims in {tmp_path} on one page: {tmp_path / 'report.html'}"
-    outcomes = printed[printed.rindex("experiment") :]
+    outcomes = printed[printed.rindex(" experiment ") :]
     assert "unresolved" in outcomes  # one seed decides nothing
     assert (tmp_path / "convergence-tiny-1-seed" / "report.html").is_file()
     assert (tmp_path / "report.html").is_file()
@@ -132,7 +132,7 @@ def test_without_out_other_evidence_is_not_overwritten(tmp_path):
         return subprocess.run(
             [*command, "--jobs", "1", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env={**os.environ, "PYTHONPATH": lab_tiny.PATH},
             capture_output=True,
             text=True,
             timeout=120,

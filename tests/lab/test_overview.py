@@ -46,8 +46,10 @@ def test_every_claim_is_counted_once_and_failures_are_listed():
         ("b-quick-digits", "b helps."),
     ]
     assert found.both == ()
-    assert found.rows[0].numbers == "+4 ± 0.58 steps, 3 of 3 seeds"
-    assert overview([section("a", [2.0])]).rows[0].numbers == "+2 steps, 1 of 1 seed"
+    # 3 seeds: all must agree, 1/8 by chance, and the mean must be 2 standard errors away.
+    assert float(found.by_chance) == pytest.approx(5 * found.rows[0].verdict.false_rate, abs=0.05)
+    assert found.rows[0].numbers == "+4 (+1.52 to +6.48) steps; 3 of 3 seeds"
+    assert overview([section("a", [2.0])]).rows[0].numbers == "+2 steps; 1 of 1 seed"
 
 
 def test_full_goes_before_quick_and_many_seeds_before_few():

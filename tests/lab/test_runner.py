@@ -201,7 +201,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(reference, tmp_path, number
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments],
         # Ten runs that take seconds at least: none of them may be over before the signal comes.
-        env={**os.environ, "PYTHONPATH": str(TESTS), "LAB_TINY_PAUSE_S": "1"},
+        env={**os.environ, "PYTHONPATH": lab_tiny.PATH, "LAB_TINY_PAUSE_S": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -44,6 +44,10 @@ def test_numbers_and_their_sentence():
     assert found.mean == 50
     assert found.standard_error == pytest.approx(10 / math.sqrt(3))
     assert (found.right, found.wrong, found.tied, found.needed, found.pairs) == (3, 0, 0, 3, 3)
+    # Student's t has 95% within 4.303 standard errors, of 2 degrees of freedom (from a table).
+    reach = 4.303 * 10 / math.sqrt(3)
+    assert found.interval == pytest.approx((50 - reach, 50 + reach), rel=1e-3)
+    assert judge([1], [0], unit="").interval is None
     assert "3 of 3 paired seeds" in found.sentence
     assert "+50 steps with a standard error of 5.8: 8.7 standard errors" in found.sentence
 
@@ -133,7 +137,9 @@ def test_a_null_effect_is_unresolved_at_the_rate_that_theory_gives():
 
 
 def test_would_change_names_the_margins():
-    first, second, third = judge([10] * 7 + [-1], [0] * 8, unit="steps").would_change()
+    first, second, interval, third = judge([10] * 7 + [-1], [0] * 8, unit="steps").would_change()
+    # Mean 8.625, standard error 1.375, 2.365 of which are on either side.
+    assert interval.endswith("(Student's t): +5.37 to +11.9 steps.")
     assert "at most 1 may disagree or tie; here 1 did" in first
     assert "±2.75 steps" in second  # 2 × 11 × sqrt(1/8 × 7/8 × 8/7) / sqrt(8)
     assert f"{verdict.false_rate(8):.1%}" in third

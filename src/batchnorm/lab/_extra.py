@@ -9,6 +9,7 @@ _MODULES = {
     "joblib": "joblib",
     "matplotlib": "matplotlib",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
     "jinja2": "jinja2",
 }
 

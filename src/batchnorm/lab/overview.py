@@ -24,15 +24,16 @@ class Row:
 
     @property
     def numbers(self) -> str:
-        """The mean difference and the seeds that agree, positive for the claim.
+        """The mean difference, positive for the claim, its interval, and the seeds that agree.
 
-        Its standard error says nothing where an arm never got there; the claim's own page tells.
+        The interval says nothing where an arm never got there; the claim's own page tells.
         """
         verdict = self.verdict
-        error = verdict.standard_error
-        spread = f" ± {error:.2g}" if error is not None else ""
         agree = f"{verdict.right} of {counted(verdict.pairs, 'seed')}"
-        return f"{verdict.mean:+.3g}{spread} {verdict.unit}, {agree}"
+        if verdict.interval is None:
+            return f"{verdict.mean:+.3g} {verdict.unit}; {agree}"
+        low, high = verdict.interval
+        return f"{verdict.mean:+.3g} ({low:+.3g} to {high:+.3g}) {verdict.unit}; {agree}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Overview:
         }
         said = ", ".join(f"{n} {outcome}" for outcome, n in number.items() if n)
         return f"{counted(len(self.rows), 'claim')}: {said}."
+
+    @property
+    def by_chance(self) -> str:
+        """How many claims the rule would call reproduced if there were no effects at all."""
+        return f"{sum(row.verdict.false_rate for row in self.rows):.1f}"
 
     @property
     def failed(self) -> tuple[Row, ...]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.words import counted
@@ -70,15 +71,30 @@ class Verdict:
         """The number of paired seeds."""
         return len(self.differences)
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's 95% confidence interval of the mean difference; None for fewer than two pairs.
+
+        It is a little wider than the rule's 2 standard errors where there are few seeds: the rule
+        asks seeds to agree, besides.
+        """
+        if self.standard_error is None:
+            return None
+        reach = float(stats.t.ppf(0.975, self.pairs - 1)) * self.standard_error
+        return self.mean - reach, self.mean + reach
+
     def would_change(self) -> tuple[str, ...]:
         """Say what results, with these seeds, would have made the outcome another one."""
-        if self.standard_error is None:
+        if self.standard_error is None or self.interval is None:
             return ("At least 2 seeds are needed for any verdict.",)
+        interval = " to ".join(f"{end:+.3g}" for end in self.interval)
         return (
             f"With {self.pairs} seeds at most {self.pairs - self.needed} may disagree or tie; here "
             f"{self.pairs - max(self.right, self.wrong)} did.",
             f"A mean difference within ±{STANDARD_ERRORS * self.standard_error:.3g} {self.unit} of "
             f"zero would be unresolved; here it is {self.mean:+.3g}.",
+            f"95% confidence interval of the mean difference (Student's t): {interval} "
+            f"{self.unit}.",
             "If there were no effect at all, and seeds differed as normal draws do, the rule would "
             f"still say “reproduced” in {self.false_rate:.1%} of repetitions with {self.pairs} "
             "seeds.",
