@@ -6,7 +6,7 @@ import pytest
 import lab_tiny
 from batchnorm import lab
 from batchnorm.lab.experiments import convergence, explosion
-from batchnorm.lab.overview import overview, strongest
+from batchnorm.lab.overview import markdown, overview, strongest
 from batchnorm.lab.verdict import judge
 from web_page import Page
 
@@ -78,6 +78,20 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
     assert strongest([few, many]) == strongest([many, few]) == [many]
 
 
+def test_markdown_says_the_same():
+    text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
+    assert "1 claim: 1 reproduced." in text
+    assert (
+        "| **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of" in text
+    )
+    assert "## What did not" not in text
+    assert text.endswith("\n\n| claim | quick | full |\n| --- | --- | --- |\n"
+                         "| a\\|b helps. | unresolved | **reproduced** |\n")  # fmt: skip
+    text = markdown(overview([section("a", WORSE)]))
+    assert "\n- **a helps.** Contradicted. 0 of 3 paired seeds went the claim's way" in text
+    assert "## Quick" not in text
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """One experiment in both profiles, another in one, as `lab run` leaves them."""
@@ -120,3 +134,6 @@ def test_a_directory_of_results_becomes_one_page(everything, tmp_path):
         (tmp_path / folder).mkdir()
         shutil.copy(everything / folder / "results.json", tmp_path / folder)
     assert lab.write_report(tmp_path).read_bytes() == path.read_bytes()
+    claims = (everything / "claims.md").read_text(encoding="utf-8")
+    assert claims == (tmp_path / "claims.md").read_text(encoding="utf-8")
+    assert explosion.EXPERIMENT.claim in claims

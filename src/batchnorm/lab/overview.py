@@ -128,3 +128,52 @@ def _subject(section: dict[str, Any]) -> tuple[str, str]:
 
 def _strength(section: dict[str, Any]) -> tuple[bool, int]:
     return section["profile"] == FULL, section["verdict"].pairs
+
+
+def markdown(found: Overview) -> str:
+    """Return the same as a page of Markdown, for a repository to show."""
+    lines = [
+        "# The claims, and what became of them",
+        "",
+        f"{found.counts} Made by `batchnorm lab report` from the results beside it; the rule, the "
+        "recipes and the figures are in the `report.html` that the same command makes.",
+        "",
+        "The numbers: mean paired difference, positive where it went the claim's way, its 95% "
+        "confidence interval, and how many seeds went that way. If no effect were real, the rule "
+        f"would still call about {found.by_chance} of these claims reproduced.",
+        "",
+        *_table(
+            ("claim", "outcome", "numbers"),
+            [
+                (
+                    f"**{row.claim}** {row.source}" if row.main else row.claim,
+                    f"**{row.verdict.outcome}**" if row.main else row.verdict.outcome,
+                    row.numbers,
+                )
+                for row in found.rows
+            ],
+        ),
+    ]
+    if found.failed:
+        lines += ["", "## What did not reproduce", ""]
+        lines += [
+            f"- **{row.claim}** {row.verdict.outcome.capitalize()}. {row.verdict.sentence}"
+            for row in found.failed
+        ]
+    if found.both:
+        lines += ["", "## Quick and full", "", found.agreement, ""]
+        lines += _table(
+            ("claim", "quick", "full"),
+            [
+                (claim, quick.outcome, f"**{full.outcome}**" if quick.outcome != full.outcome
+                 else "the same")
+                for claim, quick, full in found.both
+            ],
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    # A bar would end the cell.
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]

@@ -12,13 +12,14 @@ import jinja2
 from batchnorm import figures
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
-from batchnorm.lab.overview import Overview, overview, strongest
+from batchnorm.lab.overview import Overview, markdown, overview, strongest
 from batchnorm.lab.runner import RUN_S
 from batchnorm.lab.store import write_atomically
 from batchnorm.lab.verdict import Verdict
 from batchnorm.lab.words import duration
 
 FILE = "report.html"
+CLAIMS = "claims.md"
 TEMPLATE = "report.template.html"
 
 TITLE = "The claims made for batch normalization, tested at home"
@@ -34,7 +35,7 @@ def build(directory: Path) -> Path:
     """Write report.html and figures/ into a directory with a results.json; return the page's path.
 
     Of a directory whose subdirectories have them, each gets its own, and the directory a page with
-    all claims. The same results give the same report, byte for byte.
+    all claims, and claims.md. The same results give the same report, byte for byte.
 
     Raises:
         InputError: there are no results, or damaged ones.
@@ -50,7 +51,9 @@ def build(directory: Path) -> Path:
         build(folder)
         found = results.read(folder)
         sections.append(_section(found, folder / "figures", folder.name))
-    return _write(directory, TITLE, strongest(sections), overview(sections))
+    above = overview(sections)
+    write_atomically(directory / CLAIMS, markdown(above))
+    return _write(directory, TITLE, strongest(sections), above)
 
 
 def _write(
