@@ -237,7 +237,7 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
         "It reduces the shift of 2018: once the earlier layers have been updated, a layer's "
         "gradient has changed less, ‖G − G′‖ ÷ ‖G‖.": _less("relative", plain, bn),
         "It reduces ‖G − G′‖ itself, which grows with the gradient.": _less("absolute", plain, bn),
-        "With it the gradient turns less: cos(G, G′) is nearer to one.": _less("turn", plain, bn),
+        "It makes the gradient turn less: cos(G, G′) is nearer to one.": _less("turn", plain, bn),
         f"{at} it reduces ‖G − G′‖ ÷ ‖G‖.": _less("relative", plain, same),
         f"{lowest} it reduces ‖G − G′‖ ÷ ‖G‖.": _less("relative", slow_plain, slow),
         "Noise after each normalization brings the shift of 2015 back: the inputs move more than "
@@ -245,14 +245,15 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
         "With that noise the normalized network still learns faster than the plain one without "
         "it.": _less("loss", plain, noisy),
         "The same noise harms the plain network more than the normalized one.": harm,
-        "The loss varies less along its gradient.": _less("range", plain, bn),
-        f"{at} the loss varies less along its gradient.": _less("range", plain, same),
-        f"{lowest} the loss varies less along its gradient.": _less("range", slow_plain, slow),
-        "The gradient is more predictive: along itself it changes by a smaller part of its "
-        "size.": _less("gradient", plain, bn),
-        "The gradient changes less for the distance moved (the effective β-smoothness).": _less(
-            "smoothness", plain, bn
+        "It makes the loss vary less along its gradient.": _less("range", plain, bn),
+        f"{at} it makes the loss vary less along its gradient.": _less("range", plain, same),
+        f"{lowest} it makes the loss vary less along its gradient.": _less(
+            "range", slow_plain, slow
         ),
+        "It makes the gradient more predictive: on the way along it, the gradient changes by a "
+        "smaller part of its size.": _less("gradient", plain, bn),
+        "It makes the gradient change less for the distance moved: the effective β-smoothness is "
+        "smaller.": _less("smoothness", plain, bn),
     }
     shown = [plain, same, bn, noisy, noisy_plain]
     # If both have the same best rate, one row says it all.
