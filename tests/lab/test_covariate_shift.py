@@ -21,7 +21,7 @@ TINY = dataclasses.replace(
 
 
 def trial(arm, **fields):
-    names = ("steps", "every", "level", "probe", "lengths", "depth", "width", "batch")
+    names = ("steps", "every", "level", "probe", "depth", "width", "batch")
     given = {name: getattr(TINY, name) for name in names}
     given |= {"stage": EVALUATION, "seed": 3, "rate": 0.1}
     return c.ShiftTrial(arm=arm, **(given | fields))

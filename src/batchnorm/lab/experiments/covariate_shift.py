@@ -36,12 +36,15 @@ EVERY_RATE = "every rate"
 
 MEASURES = ("shift", "relative", "absolute", "turn", "range", "gradient", "smoothness")
 
+#: How far to go along the gradient, in the network's own steps.
+LENGTHS = (0.5, 1.0, 2.0, 4.0)
+
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftSettings(Settings):
-    """The sweep; how often to look, and at how many rows and steps along the gradient."""
+    """The sweep; how often to look, until what loss, and over how many rows."""
 
     tuning_seeds: int
     rates: tuple[float, ...]
@@ -49,7 +52,6 @@ class ShiftSettings(Settings):
     every: int = 10
     level: float = 0.1
     probe: int = 500
-    lengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     depth: int = 6
     width: int = 100
     batch: int = 60
@@ -63,7 +65,6 @@ class ShiftTrial(ArmTrial):
     every: int
     level: float
     probe: int
-    lengths: tuple[float, ...]
     depth: int
     width: int
     batch: int
@@ -126,7 +127,7 @@ def run(trial: ShiftTrial, data: Dataset) -> Run[ShiftTrial]:
         if trial.stage == SWEEP or step % trial.every:
             landscape.descend(parameters, gradient, trial.rate)
             continue
-        lengths = [trial.rate * length for length in trial.lengths]
+        lengths = [trial.rate * length for length in LENGTHS]
         line = landscape.along(net, xs, ys, (loss, gradient), lengths)
         before = landscape.inputs(net, probe)
         changes = landscape.update(net, xs, ys, gradient, trial.rate)
@@ -155,7 +156,7 @@ def _middle(values: Sequence[float | None]) -> float | None:
 
 def plan(settings: ShiftSettings, runs: Runs) -> list[ShiftTrial]:
     """Tune every arm for the least mean loss; then run the two without noise at every rate, too."""
-    names = ("steps", "every", "level", "probe", "lengths", "depth", "width", "batch")
+    names = ("steps", "every", "level", "probe", "depth", "width", "batch")
     sizes = {name: getattr(settings, name) for name in names}
     template = ShiftTrial(stage="", seed=0, arm="", rate=0.0, **sizes)
 
@@ -302,9 +303,10 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
             "of mean, deviation or shape counts; over a layer, √(Σ distance² ÷ Σ variance), in "
             "which the layer's scale cancels.",
             "Shift of 2018: G is the gradient by a layer's weights, G′ the one on the same batch "
-            "with the same noise after all earlier layers, and no other, have made their step.",
+            "with the same noise after all earlier layers, γ and β included, have made their step, "
+            "and no other.",
             "Along the gradient: at "
-            f"{', '.join(f'{length:g}' for length in settings.lengths)} of the network's own steps "
+            f"{', '.join(f'{length:g}' for length in LENGTHS)} of the network's own steps "
             "the loss and the gradient again; its range, and the greatest change.",
             f"Of each run the median over layers and over all looks until the mean loss of "
             f"{settings.every} steps is below {settings.level:g}, so that networks are compared "
@@ -326,6 +328,7 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
             "That batch normalization works because of either: measures that go along with "
             "learning fast need not cause it. Only the noise is an intervention, and the most it "
             "can say is that distributions need not keep still, not that it does no good.",
+            "Slow drifts: the shift of 2015 was measured over single steps.",
             "That the two definitions are about one thing. Both grow with the length of the step, "
             "so a network that bears a larger rate is charged for using it; and near one, ‖G − G′‖ "
             "÷ ‖G‖ tells little apart.",
