@@ -257,7 +257,9 @@ def test_sentences_and_table_speak_in_the_runs_own_numbers():
         np.median([c.value(r, name) for r in c._at(runs, *PLAIN)]) for name in ("shift", "relative")
     )
     assert found.table.rows[0][3:5] == (f"{shift:.2g}", f"{relative:.2g}")
-    assert found.caveats == ()
+    assert found.caveats == (
+        "15 verdicts are read off the same runs: of so many, one that is narrow may be chance.",
+    )
 
 
 def test_caveats_name_rates_at_the_edge_and_networks_that_did_not_learn():

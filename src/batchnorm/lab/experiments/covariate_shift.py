@@ -322,6 +322,8 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
                 if failed
                 else ()
             ),
+            f"{1 + len(also)} verdicts are read off the same runs: of so many, one that is narrow "
+            "may be chance.",
             *verdict.caveats(),
         ),
         not_shown=(
