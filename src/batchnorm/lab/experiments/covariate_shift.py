@@ -332,9 +332,11 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
             "can say is that distributions need not keep still, not that it does no good.",
             "Slow drifts: the shift of 2015 was measured over single steps.",
             "That the two definitions are about one thing. Both grow with the length of the step, "
-            "so a network that bears a larger rate is charged for using it. At large rates ‖G − G′‖ "
-            "÷ ‖G‖ is near one for both, and which is the larger at the best rates can hang on the "
-            "rates that were tried.",
+            "so a network that bears a larger rate is charged for using it. At large rates ‖G − "
+            "G′‖ ÷ ‖G‖ is near one for both, and which is the larger at the best rates can hang on "
+            "the rates that were tried.",
+            "Which network has the lower loss in the end: the mean over all steps says which one "
+            "learns sooner.",
             "That the loss is smooth everywhere: it was looked at where each network went, and "
             "along one line from there.",
             "That gradients of two networks compare in absolute terms: a normalized layer does not "
