@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -90,6 +91,15 @@ def test_run_equals_the_same_training_written_with_torchs_own_parts(arm):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(net(x[rows]), y[rows])
         loss.backward()
+        met = [loss.item()]
+        for length in (0.5, 1, 2, 4) if step == 0 else ():
+            other = copy.deepcopy(net)
+            with torch.no_grad():
+                for p, q in zip(other.parameters(), net.parameters(), strict=True):
+                    p -= length * t.rate * q.grad
+                met.append(nn.functional.cross_entropy(other(x[rows]), y[rows]).item())
+        if step == 0:
+            assert found["range"][0] == pytest.approx(max(met) - min(met), rel=1e-3)
         optimizer.step()
         losses.append(loss.item())
         landscape.set_step(net, step + 1)
@@ -266,6 +276,8 @@ def test_caveats_name_rates_at_the_edge_and_networks_that_did_not_learn():
     runs = made()
     runs[8].measured["learned"] = False
     assert (runs[8].trial.arm, runs[8].trial.rate) == PLAIN
+    assert c.value(runs[8], "shift") is None
+    assert c.value(runs[9], "shift") is not None
     settings = dataclasses.replace(MADE_UP, rates=(0.03, 0.1, 0.3))
     found = c.analyse(settings, [r for r in runs if r.trial.rate <= 0.3])
     edges = [line for line in found.caveats if "on the edge" in line]
