@@ -96,7 +96,7 @@ def test_run_equals_the_same_training_written_with_torchs_own_parts(arm):
             other = copy.deepcopy(net)
             with torch.no_grad():
                 for p, q in zip(other.parameters(), net.parameters(), strict=True):
-                    p -= length * t.rate * q.grad
+                    p.sub_(length * t.rate * q.grad)
                 met.append(nn.functional.cross_entropy(other(x[rows]), y[rows]).item())
         if step == 0:
             assert found["range"][0] == pytest.approx(max(met) - min(met), rel=1e-3)
