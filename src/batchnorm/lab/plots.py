@@ -66,18 +66,7 @@ def curves(
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
-    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
-        low, middle, high = summary(rows)
-        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
-        axes.plot(
-            x,
-            middle,
-            color=look.colour,
-            linestyle=look.dash,
-            marker=look.mark if marks else None,
-            markersize=5,
-            label=name,
-        )
+    _lines(axes, series, marks=marks)
     axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     if marks:
         axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
@@ -98,6 +87,42 @@ def curves(
             fontsize=9,
         )
     _legend(figure, axes)
+    return figure
+
+
+def stacked(
+    panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence[float], Rows]]]],
+    *,
+    xlabel: str,
+    rings: Mapping[str, float],
+) -> Figure:
+    """Draw several things by one thing, one above the other; all axes are logarithmic.
+
+    Args:
+        panels: For each title the label of the vertical axis and the series, as `curves` has them.
+        xlabel: Label of the horizontal axis.
+        rings: For each series the place at which its median is ringed.
+    """
+    figure = Figure((WIDTH, 0.8 + 2.2 * len(panels)))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, (ylabel, series)) in zip(grid, panels.items(), strict=True):
+        _lines(axes, series, marks=True)
+        for name, place in rings.items():
+            x, rows = series[name]
+            axes.plot(
+                place,
+                summary(rows)[1][list(x).index(place)],
+                "o",
+                color=INK,
+                markersize=13,
+                markerfacecolor="none",
+                markeredgewidth=1.2,
+            )
+        axes.set(xscale="log", yscale="log", ylabel=ylabel, title=title)
+        axes.xaxis.set_major_formatter(_plain)
+        _steps_of_a_decade(axes)
+    grid[-1].set_xlabel(xlabel)
+    _legend(figure, grid[0])
     return figure
 
 
@@ -277,9 +302,28 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
     return figure
 
 
+def _lines(axes: Axes, series: Mapping[str, tuple[Sequence[float], Rows]], *, marks: bool) -> None:
+    """Draw each series' median as a line, with or without marks, in a band over the seeds."""
+    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(
+            x,
+            middle,
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.mark if marks else None,
+            markersize=5,
+            label=name,
+        )
+
+
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    handles, names = axes.get_legend_handles_labels()
+    # Three long names side by side, with their lines, are wider than the figure.
+    columns = 3 if sum(map(len, names)) <= 36 else 2
+    figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def _plain(value: float, _: object) -> str:

@@ -1,0 +1,225 @@
+"""What one training step does: to the layers' inputs, to their gradients, and to the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from batchnorm.lab.training import generator
+
+#: Of the seeds of a network's noises, far from those of weights and batches.
+NOISE_OFFSET = 4_000_000_000
+
+Values = Sequence[npt.NDArray[np.float32]]
+"""For each layer its inputs: a row a sample, a column a unit."""
+
+
+class Noise(nn.Module):
+    """Scales and shifts every activation at random, around a scale and a shift of the unit's own.
+
+    Those of the units are redrawn each step: shifts uniform in ±0.5, scales uniform in 1…1.25; the
+    activations' own lie around them, uniform in ±0.1 and normal with deviation 0.1. So each unit's
+    distribution jumps from step to step, in a normalized layer by up to one standard deviation,
+    and within a step every forward pass gets the same noise.
+
+    Args:
+        seed: of the network.
+        number: of the layer.
+    """
+
+    def __init__(self, seed: int, number: int) -> None:
+        super().__init__()
+        self.seed = NOISE_OFFSET + 10_000_000 * seed + 100_000 * number
+        self.step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply this step's noise."""
+        draw = generator(self.seed + self.step)
+        units = x.shape[1]
+        shift = torch.rand(units, generator=draw) - 0.5
+        scale = 1 + 0.25 * torch.rand(units, generator=draw)
+        shifts = shift + 0.2 * (torch.rand(x.shape, generator=draw) - 0.5)
+        scales = scale + 0.1 * torch.randn(x.shape, generator=draw)
+        return x * scales + shifts
+
+
+def set_step(net: nn.Module, step: int) -> None:
+    """Have every noise of a network draw for this step."""
+    for module in net.modules():
+        if isinstance(module, Noise):
+            module.step = step
+
+
+def layers(net: nn.Sequential) -> list[list[nn.Parameter]]:
+    """The parameters of each dense layer, weights first, with those of what follows it.
+
+    A normalization's γ and β belong to the layer before it.
+    """
+    found: list[list[nn.Parameter]] = []
+    for module in net:
+        if isinstance(module, nn.Linear):
+            found.append([])
+        found[-1] += module.parameters()
+    return found
+
+
+def gradients(
+    net: nn.Module, x: Tensor, y: Tensor, parameters: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The loss of a batch, and its gradient by the parameters."""
+    loss = cross_entropy(net(x), y)
+    return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
+
+
+def inputs(net: nn.Sequential, x: Tensor) -> Values:
+    """What each dense layer but the first receives."""
+    received = []
+    with torch.no_grad():
+        for module in net:
+            if isinstance(module, nn.Linear):
+                received.append(x.numpy())
+            x = module(x)
+    return received[1:]
+
+
+def moved(before: Values, after: Values) -> list[float | None]:
+    """How far the distribution of each layer's inputs has moved, in standard deviations.
+
+    For each unit the 2-Wasserstein distance W between its values before and after, over the same
+    samples: any change of mean, deviation or shape counts, and a permutation of the samples does
+    not. Over a layer's units it is √(Σ W² / Σ σ²), σ² being the mean of the variances before and
+    after. So the layer's scale cancels, and units that are constant count for nothing. None: all
+    of them are.
+
+    >>> x = np.array([[-1.0], [1.0]], dtype=np.float32)
+    >>> moved([x], [x + 0.5]), moved([x], [-x])
+    ([0.5], [0.0])
+    """
+    distances: list[float | None] = []
+    for a, b in zip(before, after, strict=True):
+        # The optimal transport between equally many points on a line joins them in their order.
+        # Rows that lie together in memory are sorted many times faster.
+        first, second = (np.sort(np.ascontiguousarray(z.T), axis=1).astype(float) for z in (a, b))
+        variance = (first.var(1) + second.var(1)).sum() / 2
+        squares = np.square(first - second).mean(1).sum()
+        distances.append(math.sqrt(squares / variance) if variance else None)
+    return distances
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a gradient G to another one, G′; None where there is no gradient to compare with.
+
+    `turn` is 1 − cos(G, G′).
+    """
+
+    absolute: float
+    relative: float | None
+    turn: float | None
+
+
+def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Change:
+    """Compare two gradients by the same parameters.
+
+    >>> change([torch.tensor([3.0])], [torch.tensor([-6.0])])
+    Change(absolute=9.0, relative=3.0, turn=2.0)
+    """
+    # In float64: 1 − cos would drown in float32's rounding.
+    a, b = (torch.cat([part.flatten() for part in g]).double() for g in (before, after))
+    absolute, size, other = (float(v.norm()) for v in (b - a, a, b))
+    turn = 1 - float(a @ b) / (size * other) if size * other else None
+    return Change(absolute, absolute / size if size else None, turn)
+
+
+def update(
+    net: nn.Sequential, x: Tensor, y: Tensor, gradient: Sequence[Tensor], rate: float
+) -> list[Change]:
+    """Do a step of gradient descent, first layer first, and see what it does to the others.
+
+    Definition 2.1 of Santurkar et al. 2018: G is the gradient by a layer's weights before the step,
+    G′ the one on the same batch when all layers before it, and no other, have been updated.
+
+    Args:
+        net: is updated; every forward pass of it must draw the same noise, if any.
+        x: the batch.
+        y: its classes.
+        gradient: by `net.parameters()`, at the start.
+        rate: learning rate.
+
+    Returns:
+        Of each layer but the first the change from G to G′.
+    """
+    given = iter(gradient)
+    changes = []
+    for number, parameters in enumerate(layers(net)):
+        own = [next(given) for _ in parameters]
+        if number:
+            _, after = gradients(net, x, y, parameters[:1])
+            changes.append(change(own[:1], after))
+        descend(parameters, own, rate)
+    return changes
+
+
+@dataclass(frozen=True)
+class Line:
+    """The loss along its gradient: figure 4 of Santurkar et al. 2018.
+
+    `range` is the largest less the smallest loss met, starting point included; `gradient` the
+    greatest change of the gradient, as a part of the gradient at the start; `smoothness` the
+    greatest change for the distance moved (the "effective β"). None: there is no gradient.
+    """
+
+    range: float
+    gradient: float | None
+    smoothness: float | None
+
+
+def along(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: tuple[float, Sequence[Tensor]],
+    lengths: Sequence[float],
+) -> Line:
+    """Walk down the gradient by each of these lengths, and return to the start, bit for bit.
+
+    Args:
+        net: every forward pass of it must draw the same noise, if any.
+        x: the batch.
+        y: its classes.
+        start: loss and gradient by `net.parameters()`.
+        lengths: of the steps, in multiples of the gradient.
+    """
+    parameters = list(net.parameters())
+    loss, gradient = start
+    here = [parameter.detach().clone() for parameter in parameters]
+    losses, changes = [loss], []
+    for length in lengths:
+        descend(parameters, gradient, length)
+        found, after = gradients(net, x, y, parameters)
+        losses.append(found)
+        changes.append(change(gradient, after))
+        with torch.no_grad():
+            for parameter, value in zip(parameters, here, strict=True):
+                parameter.copy_(value)
+    relative = [c.relative for c in changes if c.relative is not None]
+    steep = [r / length for r, length in zip(relative, lengths, strict=False)]
+    return Line(
+        range=max(losses) - min(losses),
+        gradient=max(relative, default=None),
+        smoothness=max(steep, default=None),
+    )
+
+
+def descend(parameters: Sequence[Tensor], gradient: Sequence[Tensor], rate: float) -> None:
+    """Subtract the gradient times the rate, in place."""
+    with torch.no_grad():
+        for parameter, slope in zip(parameters, gradient, strict=True):
+            parameter.sub_(slope, alpha=rate)
