@@ -66,18 +66,7 @@ def curves(
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
-    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
-        low, middle, high = summary(rows)
-        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
-        axes.plot(
-            x,
-            middle,
-            color=look.colour,
-            linestyle=look.dash,
-            marker=look.mark if marks else None,
-            markersize=5,
-            label=name,
-        )
+    _lines(axes, series, marks=marks)
     axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     if marks:
         axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
@@ -99,6 +88,42 @@ def curves(
         )
     _legend(figure, axes)
     return figure
+
+
+def panels(
+    series: Mapping[str, Mapping[str, tuple[Sequence[float], Rows]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw `curves` of shares at few places, two panels a row on one scale, all on linear axes."""
+    height = -(-len(series) // 2)
+    figure = Figure((WIDTH, 0.9 + 2.0 * height))
+    grid = figure.subplots(height, 2, sharex=True, sharey=True, squeeze=False)
+    for spare in grid.flat[len(series) :]:
+        spare.remove()
+    for axes, (title, of_panel) in zip(grid.flat, series.items(), strict=False):
+        _lines(axes, of_panel, marks=True)
+        axes.set(title=title)
+        axes.set_xticks(sorted({place for x, _ in of_panel.values() for place in x}))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.supylabel(ylabel, fontsize="medium")
+    _legend(figure, grid[0, 0])
+    return figure
+
+
+def _lines(axes: Axes, series: Mapping[str, tuple[Sequence[float], Rows]], *, marks: bool) -> None:
+    """Draw median and range of each series; with marks where the places are few."""
+    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(
+            x,
+            middle,
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.mark if marks else None,
+            markersize=5,
+            label=name,
+        )
 
 
 def sweep(
