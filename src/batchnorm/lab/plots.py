@@ -279,8 +279,13 @@ def by_layer(
     return figure
 
 
-def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
-    """Draw every seed's value as a mark on a line of its series, and the median as a stroke."""
+def strips(
+    series: Mapping[str, Sequence[float]], *, xlabel: str, level: float | None = None
+) -> Figure:
+    """Draw every seed's value as a mark on a line of its series, and the median as a stroke.
+
+    A dotted line goes through `level`.
+    """
     figure = Figure((WIDTH, 0.7 + 0.55 * len(series)))
     axes = figure.subplots()
     # The names stand on the axis, so looks may come again.
@@ -295,6 +300,8 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
         )
         middle = statistics.median(values)
         axes.vlines(middle, -place - 0.3, -place + 0.3, color=INK, linewidth=2)
+    if level is not None:
+        axes.axvline(level, color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
     axes.set_yticks([-place for place in range(len(series))], list(series))
     axes.set_xlim(left=0)

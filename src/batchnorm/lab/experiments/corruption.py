@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import BatchNorm, pause_statistics, recalibrate
-from batchnorm.errors import InputError
 from batchnorm.lab import networks, training
 from batchnorm.lab.corruptions import STRENGTHS, corrupt
 from batchnorm.lab.data import Dataset
@@ -136,12 +135,6 @@ def tent(net: nn.Module, x: Tensor, *, steps: int, rate: float, size: int) -> nn
 
 def run(trial: CorruptionTrial, data: Dataset) -> Run[CorruptionTrial]:
     """Train on clean images; accuracy of each arm by corruption, a number for each strength."""
-    if data.x_train.ndim < 3:
-        raise InputError(
-            f"{data.name}: expected images, which can be blurred; got rows of "
-            f"{data.x_train.shape[1]} numbers. Give it x of shape (rows, height, width) or (rows, "
-            "channels, height, width)."
-        )
     x, y, x_test, y_test = training.tensors(data, images=True)
     net = networks.resnet(x.shape[1], data.classes, BatchNorm, training.generator(trial.seed))
     training.fit(net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed)
