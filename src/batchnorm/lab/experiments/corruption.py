@@ -97,14 +97,15 @@ PROFILES = {
 def by_batch(net: nn.Module, x: Tensor, y: Tensor, size: int) -> float:
     """Share of rows classified right if each batch is normalized by its own statistics.
 
-    Nothing is updated. Several batches go through at once, as groups that do not see each other.
+    Several batches go through at once, as groups that do not see each other; it is a copy that does
+    it, so nothing is updated.
     """
     copied = copy.deepcopy(net).train()
     for layer in copied.modules():
         if isinstance(layer, BatchNorm):
             layer.virtual_batch_size = size
     rows = size * max(1, ROWS // size)
-    with torch.no_grad(), pause_statistics(copied):
+    with torch.no_grad():
         right = [
             int((copied(part).argmax(1) == labels).sum())
             for part, labels in zip(x.split(rows), y.split(rows), strict=True)
@@ -119,7 +120,7 @@ def tent(net: nn.Module, x: Tensor, *, steps: int, rate: float, size: int) -> nn
     """
     copied = copy.deepcopy(net).train()
     learnt = [p for m in copied.modules() if isinstance(m, BatchNorm) for p in m.parameters()]
-    copied.requires_grad_(False)
+    copied.requires_grad_(False)  # the weights' gradients would be work for nothing
     for parameter in learnt:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(learnt, rate)
@@ -264,7 +265,7 @@ def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
             f"{_listed('blur', settings)} pixels. The strengths are those of ImageNet-C and, for "
             "the blur, CIFAR-10-C; results are means over all of them.",
             f"Test batches of {', '.join(map(str, SIZES))}, in random order or sorted by class, "
-            "are normalized by their own statistics, which leave no trace (pause_statistics). "
+            "are normalized by their own statistics, of which no trace stays. "
             f"“{RECALIBRATED.capitalize()}”: the running statistics are replaced by those of the "
             "whole corrupted test set (recalibrate), which knows no order.",
             f"TENT, at the strongest corruptions only: {settings.tent_steps} steps of Adam at "
