@@ -342,14 +342,17 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
         ),
         also=(
             Judged("A training step takes longer with BatchNorm than without.", more(STEP, OURS)),
-            Judged("So it does with torch's own layer.", more(STEP, TORCHS)),
+            Judged(
+                "A training step takes longer with torch's own layer than without.",
+                more(STEP, TORCHS),
+            ),
             Judged(
                 "Computed again in the backward pass, BatchNorm keeps no more memory than a plain "
                 f"network does (within {within}).",
                 no_more(KEPT, RECOMPUTED),
             ),
             Judged(
-                "A step that computes it again takes longer than one that keeps it.",
+                "A step that computes BatchNorm again takes longer than one that keeps it all.",
                 more(STEP, RECOMPUTED, FUSED),
             ),
             Judged("Inference takes longer with BatchNorm, not folded.", more(INFERENCE, OURS)),
