@@ -76,6 +76,7 @@ def rehearse(experiment, settings, data=None):
             assert isinstance(picture.figure, Figure)
             assert picture.see.endswith(".")
             for axes in picture.figure.axes:
-                assert axes.get_ylabel() or axes.get_yticklabels(), "an axis without a name"
+                named = axes.get_ylabel() or axes.get_yticklabels() or axes.figure.get_supylabel()
+                assert named, "an axis without a name"
             picture.figure.draw_without_rendering()
     return runs, findings

@@ -143,3 +143,10 @@ def test_would_change_names_the_margins():
     assert "at most 1 may disagree or tie; here 1 did" in first
     assert "±2.75 steps" in second  # 2 × 11 × sqrt(1/8 × 7/8 × 8/7) / sqrt(8)
     assert f"{verdict.false_rate(8):.1%}" in third
+
+
+def test_equal_differences_have_no_standard_error_though_their_mean_is_rounded():
+    verdict = judge([0.1] * 3, [0.0] * 3, unit="steps")
+    assert np.std(verdict.differences) > 0
+    assert verdict.standard_error == 0
+    assert "every seed gave the same" in verdict.sentence

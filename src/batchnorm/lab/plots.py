@@ -126,6 +126,26 @@ def stacked(
     return figure
 
 
+def panels(
+    series: Mapping[str, Mapping[str, tuple[Sequence[float], Rows]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw `curves` of shares at few places, two panels a row on one scale, all on linear axes."""
+    height = -(-len(series) // 2)
+    figure = Figure((WIDTH, 0.9 + 2.0 * height))
+    grid = figure.subplots(height, 2, sharex=True, sharey=True, squeeze=False)
+    for spare in grid.flat[len(series) :]:
+        spare.remove()
+    for axes, (title, of_panel) in zip(grid.flat, series.items(), strict=False):
+        _lines(axes, of_panel, marks=True)
+        axes.set(title=title)
+        axes.set_xticks(sorted({place for x, _ in of_panel.values() for place in x}))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.supylabel(ylabel, fontsize="medium")
+    _legend(figure, grid[0, 0])
+    return figure
+
+
 def sweep(
     panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float | None]]]],
     *,
@@ -279,8 +299,13 @@ def by_layer(
     return figure
 
 
-def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
-    """Draw every seed's value as a mark on a line of its series, and the median as a stroke."""
+def strips(
+    series: Mapping[str, Sequence[float]], *, xlabel: str, level: float | None = None
+) -> Figure:
+    """Draw every seed's value as a mark on a line of its series, and the median as a stroke.
+
+    A dotted line goes through `level`.
+    """
     figure = Figure((WIDTH, 0.7 + 0.55 * len(series)))
     axes = figure.subplots()
     # The names stand on the axis, so looks may come again.
@@ -295,6 +320,8 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
         )
         middle = statistics.median(values)
         axes.vlines(middle, -place - 0.3, -place + 0.3, color=INK, linewidth=2)
+    if level is not None:
+        axes.axvline(level, color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
     axes.set_yticks([-place for place in range(len(series))], list(series))
     axes.set_xlim(left=0)

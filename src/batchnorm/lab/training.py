@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import Dataset
 
 #: Added to a run's seed for the order of its batches: those draws must not repeat the weights'.
@@ -20,7 +20,16 @@ ROWS = 1000
 
 
 def tensors(data: Dataset, *, images: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training inputs and classes, test inputs and classes; rows flat, or images with channels."""
+    """Training inputs and classes, test inputs and classes; rows flat, or images with channels.
+
+    Raises:
+        InputError: images are asked for, and the data are rows of numbers.
+    """
+    if images and data.x_train.ndim < 3:
+        raise InputError(
+            f"{data.name}: expected images; got rows of {data.x_train.shape[1]} numbers. Give it "
+            "x of shape (rows, height, width) or (rows, channels, height, width)."
+        )
     parts = []
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
         rows = torch.tensor(x)
@@ -101,13 +110,18 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return right / len(y)
 
 
-def saved_bytes(run: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of what `run()` returns, parameters apart."""
+def saved_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of what `run()` returns.
+
+    The network's own parameters and buffers are there in any case, and do not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        # By storage: what is kept may be a view, and two of what is kept may be one tensor.
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -153,6 +153,8 @@ def judge(
     pairs = len(differences)
     mean = float(differences.mean()) if pairs else 0.0
     error = float(differences.std(ddof=1) / math.sqrt(pairs)) if pairs > 1 else None
+    if error and not np.ptp(differences):
+        error = 0.0  # but for the rounding of their mean
     counts = {
         "right": int((differences > 0).sum()),
         "wrong": int((differences < 0).sum()),

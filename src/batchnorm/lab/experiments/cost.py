@@ -1,0 +1,425 @@
+"""What normalization costs: memory and time in training; in inference nothing, if folded."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm import BatchNorm, fold
+from batchnorm.lab import networks, training
+from batchnorm.lab.data import Dataset
+from batchnorm.lab.experiments import (
+    Experiment,
+    Findings,
+    Judged,
+    Picture,
+    Run,
+    Settings,
+    Table,
+    Trial,
+)
+from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.words import counted
+
+STACK, RESNET = "conv", "ResNet"
+
+PLAIN, TORCHS, OURS = "plain", "torch's", "BatchNorm"
+FUSED, RECOMPUTED, FOLDED = "fused ReLU", "recomputed", "folded"
+
+KEPT, STEP, INFERENCE = "kept", "step", "inference"
+
+#: How much more than without normalization counts as nothing.
+TOLERANCE = 0.05
+
+MIB = 2**20
+
+#: Processor time, which others on the machine take nothing of; Windows' ticks are too long for it.
+CLOCK = time.perf_counter if sys.platform == "win32" else time.process_time
+
+#: Inference takes a third of a step or less, and is timed so many times together.
+REPEATS = 3
+
+#: Of SGD in the steps that are timed: what is learnt does not matter, but must stay finite.
+RATE = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSettings(Settings):
+    """The networks: kind, and channels of a stack or blocks in a stage of a residual network."""
+
+    networks: tuple[tuple[str, int], ...]
+    batch: int
+    rounds: int
+    depth: int = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTrial(Trial):
+    """One network in all its forms."""
+
+    network: str
+    size: int
+    depth: int
+    batch: int
+    rounds: int
+
+
+Runs = Sequence[Run[CostTrial]]
+
+PROFILES = {
+    "quick": CostSettings(
+        seeds=8, networks=((STACK, 16), (STACK, 32), (RESNET, 1)), batch=64, rounds=9
+    ),
+    "full": CostSettings(
+        seeds=8,
+        networks=((STACK, 16), (STACK, 64), (RESNET, 1), (RESNET, 2)),
+        batch=128,
+        rounds=31,
+    ),
+}
+
+
+# The recipe
+
+
+class Recomputed(nn.Sequential):
+    """Layers that keep their input only, and are computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Sequential."""
+        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
+def stack(
+    arm: str, channels: int, classes: int, width: int, depth: int, generator: torch.Generator
+) -> nn.Sequential:
+    """Convolutions, each followed by normalization (or none) and ReLU; a pool and a dense head.
+
+    Recomputed is all between the outputs of one convolution and of the next.
+    """
+    layers: list[nn.Module] = []
+    after: list[nn.Module] = []
+    for index in range(depth):
+        fan_in = width if index else channels
+        layer = networks.convolution(fan_in, width, generator, bias=arm == PLAIN)
+        if arm == RECOMPUTED and after:
+            layers.append(Recomputed(*after, layer))
+        else:
+            layers += [*after, layer]
+        if arm in (FUSED, RECOMPUTED):
+            after = [BatchNorm(width, activation="relu")]
+        else:
+            norm = norm_of(arm)(width)
+            after = [nn.ReLU()] if norm is None else [norm, nn.ReLU()]
+    head = networks.dense(width, classes, generator, gain=1.0)
+    return nn.Sequential(*layers, *after, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def norm_of(arm: str) -> networks.Norm:
+    """What stands after each convolution."""
+    others: dict[str, networks.Norm] = {PLAIN: networks.nothing, TORCHS: nn.BatchNorm2d}
+    return others.get(arm, BatchNorm)
+
+
+def arms_of(network: str) -> tuple[str, ...]:
+    """The forms of a network that are trained; a residual one has sums before some ReLUs."""
+    return (PLAIN, TORCHS, OURS) if network == RESNET else (PLAIN, TORCHS, OURS, FUSED, RECOMPUTED)
+
+
+def build(trial: CostTrial, arm: str, channels: int, classes: int) -> nn.Sequential:
+    """The network; all arms of a seed have the same weights."""
+    weights = training.generator(trial.seed)
+    if trial.network == RESNET:
+        return networks.resnet(channels, classes, norm_of(arm), weights, blocks=trial.size)
+    return stack(arm, channels, classes, trial.size, trial.depth, weights)
+
+
+def ratios(
+    calls: Mapping[str, Callable[[], object]], rounds: int, repeats: int, seed: int
+) -> dict[str, float]:
+    """Time of each call as a multiple of the first one's: the median over rounds.
+
+    In each round every call is timed, so many repeats together, in an order drawn anew: whatever
+    else the machine does meets all of them alike. A round before the first does not count.
+    """
+    first = next(iter(calls))
+    shuffle = random.Random(seed).shuffle  # noqa: S311 - an order, not a secret
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        order = list(calls)
+        shuffle(order)
+        seconds = {}
+        for name in order:
+            start = CLOCK()
+            for _ in range(repeats):
+                calls[name]()
+            seconds[name] = CLOCK() - start
+        for name in calls if number else ():
+            found[name].append(seconds[name] / seconds[first])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def run(trial: CostTrial, data: Dataset) -> Run[CostTrial]:
+    """Bytes kept for a backward pass; times of a training step and of inference by the plain's."""
+    x, y, _, _ = training.tensors(data, images=True)
+    rows = next(training.batches(len(x), min(trial.batch, len(x)), trial.seed))
+    x, y = x[rows], y[rows]
+    nets: dict[str, nn.Module] = {
+        arm: build(trial, arm, x.shape[1], data.classes) for arm in arms_of(trial.network)
+    }
+
+    def step_of(net: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(net.parameters(), RATE)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    def inference_of(net: nn.Module) -> Callable[[], None]:
+        net.eval()
+
+        def infer() -> None:
+            with torch.no_grad():
+                net(x)
+
+        return infer
+
+    def loss_of(net: nn.Module) -> Callable[[], Tensor]:
+        return lambda: cross_entropy(net(x), y)
+
+    kept = {arm: training.saved_bytes(net, loss_of(net)) for arm, net in nets.items()}
+    steps = ratios({arm: step_of(net) for arm, net in nets.items()}, trial.rounds, 1, trial.seed)
+    # Recomputing is for backward passes.
+    used = {arm: net for arm, net in nets.items() if arm != RECOMPUTED}
+    used[FOLDED] = fold(nets[OURS], x)
+    calls = {arm: inference_of(net) for arm, net in used.items()}
+    inference = ratios(calls, trial.rounds, REPEATS, trial.seed)
+    return Run(trial, {KEPT: kept}, {STEP: steps, INFERENCE: inference})
+
+
+def plan(settings: CostSettings, _: Runs) -> list[CostTrial]:
+    """Every network with every seed."""
+    return [
+        CostTrial(
+            stage="networks",
+            seed=seed,
+            network=network,
+            size=size,
+            depth=settings.depth,
+            batch=settings.batch,
+            rounds=settings.rounds,
+        )
+        for seed in range(settings.seeds)
+        for network, size in settings.networks
+    ]
+
+
+# What the runs say
+
+
+def multiple(run: Run[CostTrial], what: str, arm: str) -> float | None:
+    """What an arm keeps or takes, as a multiple of the plain network's; None if it has no part."""
+    if what != KEPT:
+        found: float | None = run.timing[what].get(arm)
+        return found
+    kept = run.measured[KEPT]
+    return kept[arm] / kept[PLAIN] if arm in kept else None
+
+
+def by_seed(runs: Runs, what: str, arm: str) -> list[float]:
+    """The mean multiple over the networks that have the arm, a number a seed."""
+    means = []
+    for seed in sorted({r.trial.seed for r in runs}):
+        found = [multiple(r, what, arm) for r in runs if r.trial.seed == seed]
+        means.append(statistics.fmean(value for value in found if value is not None))
+    return means
+
+
+def _of(runs: Runs, network: tuple[str, int]) -> Runs:
+    return [r for r in runs if (r.trial.network, r.trial.size) == network]
+
+
+def _multiples(runs: Runs, what: str, arm: str) -> list[float]:
+    found = [multiple(r, what, arm) for r in runs]
+    return [value for value in found if value is not None]
+
+
+def analyse(settings: CostSettings, runs: Runs) -> Findings:
+    """Judge multiples of what the plain network keeps and takes, means over the networks."""
+    units = {
+        KEPT: "times the plain network's memory",
+        STEP: "times the plain network's step",
+        INFERENCE: "times the plain network's inference",
+    }
+
+    def more(what: str, arm: str, than: str = PLAIN) -> Verdict:
+        control, treated = by_seed(runs, what, arm), by_seed(runs, what, than)
+        return judge(control, treated, unit=units[what], names=(arm, than))
+
+    def no_more(what: str, arm: str) -> Verdict:
+        extra = [value - 1 for value in by_seed(runs, what, arm)]
+        allowed = [TOLERANCE] * len(extra)
+        return judge(allowed, extra, unit=units[what], names=("tolerance", "extra"))
+
+    def mean(what: str, arm: str) -> str:
+        return f"{statistics.fmean(by_seed(runs, what, arm)):.2f}"
+
+    def cell(of: Runs, what: str, arm: str) -> str:
+        values = _multiples(of, what, arm)
+        if not values:
+            return "–"
+        return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+    rows = []
+    for network in settings.networks:
+        of = _of(runs, network)
+        kept = of[0].measured[KEPT]
+        for arm in (PLAIN, TORCHS, OURS, FUSED, RECOMPUTED, FOLDED):
+            if arm in kept or arm == FOLDED:
+                mib = f"{kept[arm] / MIB:.2f}" if arm in kept else "–"
+                times = (
+                    ("1", "1") if arm == PLAIN else (cell(of, STEP, arm), cell(of, INFERENCE, arm))
+                )
+                rows.append((_name(network), arm, mib, *times))
+    verdict = more(KEPT, OURS)
+    within = f"{TOLERANCE:.0%}"
+    return Findings(
+        summary=(
+            f"For the backward pass, networks with BatchNorm kept {mean(KEPT, OURS)} times the "
+            f"memory of plain ones, and {mean(KEPT, RECOMPUTED)} times if it was computed again "
+            f"there. A training step took {mean(STEP, OURS)} times as long ({mean(STEP, TORCHS)} "
+            f"times with torch's layer, {mean(STEP, FUSED)} with ReLU fused, "
+            f"{mean(STEP, RECOMPUTED)} recomputed), inference {mean(INFERENCE, OURS)} times, and "
+            f"{mean(INFERENCE, FOLDED)} times with BatchNorm folded into the convolutions."
+        ),
+        verdict=verdict,
+        table=Table(
+            ("network", "normalization", "MiB kept", "step (range)", "inference (range)"),
+            tuple(rows),
+        ),
+        recipe=(
+            f"“{STACK}, N”: {settings.depth} convolutions of 3×3 with N channels, each followed by "
+            f"BatchNorm (or nothing, and a bias) and ReLU. “{RESNET}, N”: a small residual CNN of "
+            f"three stages with N blocks each. Batches of {settings.batch} of the data's images; "
+            "all forms of a network have the same weights.",
+            "Memory: the bytes of all tensors that autograd keeps from the forward pass for the "
+            "backward pass (saved_tensors_hooks), each once, parameters apart.",
+            "Time: of a step of forward pass, backward pass and SGD, and of inference. "
+            f"{counted(settings.rounds, 'round')}, in each of which all forms are timed in an "
+            "order drawn anew; the median over rounds of the ratio to the plain network's. It is "
+            "the processor's time, of one thread. Times do not repeat exactly; those that were "
+            "judged are in results.json.",
+            f"“{FUSED}”: BatchNorm does ReLU, too. “{RECOMPUTED.capitalize()}”: so, and what lies "
+            "between the outputs of two convolutions is checkpointed. "
+            f"“{FOLDED.capitalize()}”: batchnorm.fold. Verdicts are on means over the networks; "
+            f"as nothing counts what is within {within}.",
+        ),
+        caveats=(
+            "What is kept does not depend on the seed: on memory the seeds agree because there is "
+            "no chance in it, not because there were many.",
+            *verdict.caveats(),
+        ),
+        not_shown=(
+            "The cost on a GPU, or on many cores: there arithmetic is cheaper against memory.",
+            "The cost in a large network: a convolution's work grows with the square of its "
+            "channels, the normalization's with their number.",
+            "The most memory that is in use at any time: workspaces and gradients come on top.",
+            "What is gained for that price: a network that learns faster may need fewer steps.",
+        ),
+        also=(
+            Judged("A training step takes longer with BatchNorm than without.", more(STEP, OURS)),
+            Judged(
+                "A training step takes longer with torch's own layer than without.",
+                more(STEP, TORCHS),
+            ),
+            Judged(
+                "Computed again in the backward pass, BatchNorm keeps no more memory than a plain "
+                f"network does (within {within}).",
+                no_more(KEPT, RECOMPUTED),
+            ),
+            Judged(
+                "A step that computes BatchNorm again takes longer than one that keeps it all.",
+                more(STEP, RECOMPUTED, FUSED),
+            ),
+            Judged("Inference takes longer with BatchNorm, not folded.", more(INFERENCE, OURS)),
+            Judged(
+                f"Folded, BatchNorm costs nothing in inference (within {within}).",
+                no_more(INFERENCE, FOLDED),
+            ),
+        ),
+    )
+
+
+def _name(network: tuple[str, int]) -> str:
+    return f"{network[0]}, {network[1]}"
+
+
+def figures(settings: CostSettings, runs: Runs) -> list[Picture]:
+    """Draw the multiples of every network and form: memory, step, inference."""
+    from batchnorm.lab import plots
+
+    seeds = counted(settings.seeds, "seed")
+
+    def drawn(what: str, xlabel: str) -> Any:
+        series = {
+            f"{_name(network)}: {arm}": values
+            for network in settings.networks
+            for arm in (TORCHS, OURS, FUSED, RECOMPUTED, FOLDED)
+            if (values := _multiples(_of(runs, network), what, arm))
+        }
+        return plots.strips(series, xlabel=xlabel, level=1)
+
+    return [
+        Picture(
+            "memory",
+            "Memory kept for the backward pass",
+            "See what keeps about twice as much as the plain network (dotted), and what does not. "
+            f"A mark is a seed, a stroke the median of {seeds}: marks lie on each other, for there "
+            "is no chance in it.",
+            drawn(KEPT, "bytes kept, plain network = 1"),
+        ),
+        Picture(
+            "step",
+            "Time of a training step",
+            "See what is right of the dotted line, a step of the plain network. A mark is a seed, "
+            f"a stroke the median of {seeds}.",
+            drawn(STEP, "time of a step, plain network = 1"),
+        ),
+        Picture(
+            "inference",
+            "Time of inference",
+            "See that “folded” lies at the dotted line, the plain network's inference, or how far "
+            f"off. A mark is a seed, a stroke the median of {seeds}.",
+            drawn(INFERENCE, "time of inference, plain network = 1"),
+        ),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="cost",
+    claim="In training, batch normalization makes a network keep more memory.",
+    source="Rota Bulò et al. 2018, “In-place activated BatchNorm” (arXiv:1712.02616), on memory; "
+    "Brock et al. 2021 (arXiv:2102.06171), on time; Jacob et al. 2018 (arXiv:1712.05877), on "
+    "folding",
+    recipe=1,
+    trial=CostTrial,
+    profiles=PROFILES,
+    plan=plan,
+    run=run,
+    analyse=analyse,
+    figures=figures,
+)
