@@ -66,27 +66,8 @@ def curves(
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
-    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
-        low, middle, high = summary(rows)
-        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
-        axes.plot(
-            x,
-            middle,
-            color=look.colour,
-            linestyle=look.dash,
-            marker=look.mark if marks else None,
-            markersize=5,
-            label=name,
-        )
-    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    if marks:
-        axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(_plain)
-    if yscale == "log":
-        _steps_of_a_decade(axes)
-    if share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     if level is not None:
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
         axes.annotate(
@@ -99,6 +80,71 @@ def curves(
         )
     _legend(figure, axes)
     return figure
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Rows]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "log",
+    yscale: str = "linear",
+    share: bool = True,
+    marks: bool = False,
+) -> Figure:
+    """Draw `curves` in panels below each other, all on one scale; every panel has the same names.
+
+    Args:
+        panels: For each panel title the series, as `curves` takes them.
+        xlabel: Label of the horizontal axis.
+        ylabel: Label of the vertical axes.
+        xscale: "log" or "linear".
+        yscale: "log" or "linear".
+        share: The values are shares of one, and are labelled in percent.
+        marks: The places are few, and each median gets a mark.
+    """
+    figure = Figure((WIDTH, 0.8 + 2.3 * len(panels)))
+    grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, series) in zip(grid, panels.items(), strict=True):
+        _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
+        axes.set(title=title, ylabel=ylabel)
+    grid[-1].set_xlabel(xlabel)
+    _legend(figure, grid[0])
+    return figure
+
+
+def _draw(
+    axes: Axes,
+    series: Mapping[str, tuple[Sequence[float], Rows]],
+    *,
+    xscale: str,
+    yscale: str,
+    share: bool,
+    marks: bool,
+) -> None:
+    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(
+            x,
+            middle,
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.mark if marks else None,
+            markersize=5,
+            label=name,
+        )
+    axes.set(xscale=xscale, yscale=yscale)
+    if marks:
+        axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(_plain)
+    if yscale == "log":
+        _steps_of_a_decade(axes)
+    if share:
+        axes.yaxis.set_major_formatter(
+            _percent if yscale == "log" else PercentFormatter(1, decimals=None)
+        )
 
 
 def sweep(
@@ -279,12 +325,21 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    handles, names = axes.get_legend_handles_labels()
+    # Inches that a column takes: its line and gaps, and so much for each letter of 10 points.
+    column = 0.75 + 0.085 * max(map(len, names))
+    columns = max(1, min(3, int(WIDTH / column)))
+    figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def _plain(value: float, _: object) -> str:
     """Write a tick as 0.1 or 300, which needs no exponent to be read."""
     return f"{value:g}"
+
+
+def _percent(value: float, _: object) -> str:
+    """Write a tick as 0.5% or 20%: of one axis with both, each with the digits that it needs."""
+    return f"{100 * value:g}%"
 
 
 def _steps_of_a_decade(axes: Axes) -> None:
