@@ -129,10 +129,15 @@ def _by_size(settings: GhostSettings, runs: Runs) -> dict[int, list[float]]:
 def slopes(errors: dict[int, list[float]]) -> list[float]:
     """Return what each seed's error rises by with each doubling of the groups: least squares.
 
-    >>> [round(slope, 3) for slope in slopes({8: [0.01, 0.03], 16: [0.02, 0.03], 64: [0.04, 0.03]})]
-    [0.01, 0.0]
+    >>> slopes({8: [0.25, 0.5], 16: [0.5, 0.5], 32: [0.75, 0.5]})
+    [0.25, 0.0]
     """
-    rises = np.polyfit(np.log2(list(errors)), np.array(list(errors.values())), 1)[0]
+    places = np.log2(list(errors))
+    places -= places.mean()
+    values = np.array(list(errors.values()))
+    # From the first on, so that errors that are all equal have a slope of zero to the last bit: a
+    # slope of rounding errors would be judged like any other.
+    rises = places @ (values - values[0]) / (places @ places)
     return [float(rise) for rise in rises]
 
 
@@ -205,11 +210,12 @@ def figures(settings: GhostSettings, runs: Runs) -> list[Picture]:
     """Draw the error by group size."""
     from batchnorm.lab import plots
 
-    by_size = _by_size(settings, runs)
-    few = small(settings.headline)
-    seeds = counted(settings.seeds, "seed")
-    lines = (
-        f"Lines: median of {seeds}; band: lowest to highest seed."
+    by_size, few = _by_size(settings, runs), small(settings.headline)
+    sizes = list(by_size)
+    # They are normalized as a whole: their line is level by construction, to be compared with.
+    level = [[error] * len(sizes) for error in tuning.measured(runs, "error", arm=few)]
+    bands = (
+        f"Lines: median of {counted(settings.seeds, 'seed')}; bands: lowest to highest seed."
         if settings.seeds > 1
         else "One seed."
     )
@@ -217,20 +223,20 @@ def figures(settings: GhostSettings, runs: Runs) -> list[Picture]:
         Picture(
             "error",
             "Test error by the size of the groups",
-            "The rightmost mark is the whole batch. See whether the line falls to the left, and "
-            f"whether it gets to the dotted one: {few}, which are small in the optimizer, too. "
-            f"{lines} Every arm has its own learning rate.",
+            f"The rightmost mark of the batches of {settings.batch} is the whole batch. See "
+            f"whether their line falls to the left, and whether it gets to that of the {few}, "
+            f"which are small for the optimizer, too, and have no groups: a level line. {bands} "
+            "Every arm has its own learning rate.",
             plots.curves(
                 {
+                    few: (sizes, level),
                     f"batches of {settings.batch}, in groups": (
-                        list(by_size),
+                        sizes,
                         list(zip(*by_size.values(), strict=True)),
-                    )
+                    ),
                 },
                 xlabel="samples normalized together (log scale)",
                 ylabel="test error",
-                level=statistics.median(tuning.measured(runs, "error", arm=few)),
-                level_label=few,
                 marks=True,
             ),
         )

@@ -125,7 +125,7 @@ def best_for_others(accuracies: ByRate) -> list[float]:
     No seed has a say in the rate that it is judged at: the best of many noisy numbers is in part
     the luckiest. Of equals the smaller rate is taken; a seed that is alone chooses for itself.
 
-    >>> best_for_others({0.1: [0.9, 0.8, 0.8], 1.0: [1.0, 0.7, 0.7]})
+    >>> best_for_others({0.1: [0.8, 0.8, 0.8], 1.0: [1.0, 0.7, 0.7]})
     [0.1, 1.0, 1.0]
     """
     seeds = range(len(next(iter(accuracies.values()))))
