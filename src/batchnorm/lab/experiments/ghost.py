@@ -14,7 +14,7 @@ from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings
 from batchnorm.lab.tuning import ArmTrial
 from batchnorm.lab.verdict import Verdict, judge
-from batchnorm.lab.words import counted
+from batchnorm.lab.words import bands, counted
 
 WHOLE = "whole batch"
 
@@ -214,19 +214,14 @@ def figures(settings: GhostSettings, runs: Runs) -> list[Picture]:
     sizes = list(by_size)
     # They are normalized as a whole: their line is level by construction, to be compared with.
     level = [[error] * len(sizes) for error in tuning.measured(runs, "error", arm=few)]
-    bands = (
-        f"Lines: median of {counted(settings.seeds, 'seed')}; bands: lowest to highest seed."
-        if settings.seeds > 1
-        else "One seed."
-    )
     return [
         Picture(
             "error",
             "Test error by the size of the groups",
             f"The rightmost mark of the batches of {settings.batch} is the whole batch. See "
             f"whether their line falls to the left, and whether it gets to that of the {few}, "
-            f"which are small for the optimizer, too, and have no groups: a level line. {bands} "
-            "Every arm has its own learning rate.",
+            "which are small for the optimizer, too, and have no groups: a level line. "
+            f"{bands(settings.seeds)} Every arm has its own learning rate.",
             plots.curves(
                 {
                     few: (sizes, level),

@@ -14,7 +14,7 @@ from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings, Table
 from batchnorm.lab.tuning import ArmTrial
 from batchnorm.lab.verdict import Verdict, judge
-from batchnorm.lab.words import counted
+from batchnorm.lab.words import bands, counted
 
 PLAIN, NORMALIZED = ARMS = ("plain", "BatchNorm")
 
@@ -154,7 +154,7 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     found = {arm: by_rate(settings, runs, arm) for arm in ARMS}
     limits = {arm: largest(found[arm], settings.threshold) for arm in ARMS}
     chosen = {arm: best_for_others(found[arm]) for arm in ARMS}
-    # One that learned at no rate may learn at the next smaller one: the least that it can need.
+    # A seed that learned at no rate counts as the grid's next smaller one: as near as can be.
     below = lowest * lowest / settings.rates[1]
     decades = [[log10(limit or below) for limit in limits[arm]] for arm in ARMS]
     verdict = judge(
@@ -164,11 +164,8 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     def at(arm: str, rates: Sequence[float]) -> list[float]:
         return [found[arm][rate][i] for i, rate in enumerate(rates)]
 
-    def better(control: Sequence[float], treated: Sequence[float], *names: str) -> Verdict:
-        first, second = names or ARMS
-        return judge(
-            control, treated, unit="of accuracy", higher_is_better=True, names=(first, second)
-        )
+    def better(control: Sequence[float], treated: Sequence[float]) -> Verdict:
+        return judge(control, treated, unit="of accuracy", higher_is_better=True)
 
     best = {arm: at(arm, chosen[arm]) for arm in ARMS}
     shared = at(NORMALIZED, chosen[PLAIN])
@@ -198,7 +195,6 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
         trial = tuning.select(runs, arm=arm)[0].trial
         tried = (replace(trial, rate=rate) for rate in sorted(set(chosen[arm])))
         caveats += [edge for t in tried if (edge := tuning.edge(t, settings.rates))]
-    mean = {arm: f"{statistics.fmean(small[arm]):.1%}" for arm in ARMS}
     return Findings(
         summary=(
             f"The largest learning rate at which the network got to {level} test accuracy was "
@@ -206,8 +202,8 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             f"median and range of {counted(settings.seeds, 'seed')}. At its best rate the plain "
             f"network got to {rows[0][3]}, the normalized one to {rows[1][3]} (at the plain "
             f"one's best rate, to {statistics.fmean(shared):.1%}). At {lowest:g}, the smallest "
-            f"rate, {settings.steps} steps brought the plain network to {mean[PLAIN]}, the "
-            f"normalized one to {mean[NORMALIZED]}."
+            f"rate, {settings.steps} steps brought the plain network to {rows[0][4]}, the "
+            f"normalized one to {rows[1][4]}."
         ),
         verdict=verdict,
         table=Table(
@@ -244,7 +240,7 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             Judged(
                 "The larger rate is what helps: the normalized network is more accurate at its own "
                 "best rate than at the plain network's.",
-                better(shared, best[NORMALIZED], "the plain one's rate", "its own"),
+                better(shared, best[NORMALIZED]),
             ),
             Judged(
                 "Normalization helps without a larger rate, too: at the plain network's best rate, "
@@ -273,12 +269,7 @@ def figures(settings: RatesSettings, runs: Runs) -> list[Picture]:
             series, xlabel="learning rate (log scale)", ylabel=ylabel, marks=True, **options
         )
 
-    seeds = counted(settings.seeds, "seed")
-    lines = (
-        f"Lines: median of {seeds}; bands: lowest to highest seed."
-        if settings.seeds > 1
-        else "One seed."
-    )
+    lines = bands(settings.seeds)
     level, lowest = f"{settings.threshold:.0%}", settings.rates[0]
     ends = {}
     for arm in ARMS:

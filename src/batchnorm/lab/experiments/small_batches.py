@@ -14,13 +14,13 @@ from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings
 from batchnorm.lab.tuning import ArmTrial
 from batchnorm.lab.verdict import Verdict, judge
-from batchnorm.lab.words import counted
+from batchnorm.lab.words import bands, counted
 
 NETWORKS = MLP, CNN = "MLP", "CNN"
 NORMALIZED, GROUPED = "BatchNorm", "GroupNorm"
 
-#: Channels in a group of GroupNorm. The source's 32 groups would leave one or two channels in each
-#: of networks this narrow, and in the MLP a group of one unit is a constant.
+#: Channels in a group of GroupNorm. A fixed number of groups, 32 say, leaves one or two channels to
+#: each in a CNN this narrow; and the MLP has no positions: one unit alone would be a constant.
 GROUP_SIZE = 16
 
 
@@ -174,8 +174,7 @@ def analyse(settings: SmallBatchSettings, runs: Runs) -> Findings:
             f"{settings.batch}, {settings.steps} steps, the rate falling to zero by a cosine.",
             f"The optimizer's batch is always {settings.batch}; within it, BatchNorm normalizes "
             "groups of samples by themselves (virtual_batch_size). So the gradient is averaged "
-            "over as many rows in every arm, and only the normalization's batch shrinks. The "
-            "source has that, too: its batches are those of a GPU.",
+            "over as many rows in every arm, and only the normalization's batch shrinks.",
             f"GroupNorm has {GROUP_SIZE} channels to a group. All arms of a network and a seed "
             "start from the same weights and see the same batches.",
             f"Learning rates, tuned for each arm by itself for the least mean test error: "
@@ -188,7 +187,9 @@ def analyse(settings: SmallBatchSettings, runs: Runs) -> Findings:
             "The sizes of the source's losses, which were measured with deep networks on ImageNet.",
             "What spares a CNN, if it is spared. Its channels pool over positions as well as "
             "samples, but those of the source's networks do, too.",
-            "Batches so small that the optimizer's own noise matters: here it is kept the same.",
+            "Batches that are small for the optimizer, too: here its noise is kept the same.",
+            "What noisier running averages add: here they take in all of the optimizer's "
+            f"{settings.batch} rows at each step, however these were normalized.",
             "Accuracy on unseen data: the learning rates were tuned on the same test rows, though "
             "with other seeds.",
         ),
@@ -207,18 +208,13 @@ def figures(settings: SmallBatchSettings, runs: Runs) -> list[Picture]:
         of = [_errors(runs, network, size if kind == NORMALIZED else None) for size in sizes]
         return list(zip(*of, strict=True))
 
-    bands = (
-        f"Lines: median of {counted(settings.seeds, 'seed')}; bands: lowest to highest seed."
-        if settings.seeds > 1
-        else "One seed."
-    )
     return [
         Picture(
             "error",
             "Test error by the size of the normalization's batch",
             "Smaller batches are on the left. See whether a network's BatchNorm line rises there, "
             "and where it leaves its GroupNorm line, which uses no batch and is level by "
-            f"construction. {bands} Every arm has its own learning rate.",
+            f"construction. {bands(settings.seeds)} Every arm has its own learning rate.",
             plots.curve_panels(
                 {
                     network: {kind: (sizes, rows(network, kind)) for kind in (GROUPED, NORMALIZED)}
