@@ -23,6 +23,9 @@ WIDTH = 5.2
 
 BAND_ALPHA = 0.22
 
+#: Places on a horizontal axis that each have room for a label like 0.003.
+MANY = 8
+
 
 Rows = Sequence[Sequence[float | None]]
 """One row a seed; None where there was no finite number."""
@@ -135,8 +138,9 @@ def _draw(
             label=name,
         )
     axes.set(xscale=xscale, yscale=yscale)
-    if marks:
-        axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
+    places = sorted({place for x, _ in series.values() for place in x})
+    if marks and len(places) <= MANY:
+        axes.set_xticks(places)
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(_plain)
     if yscale == "log":
