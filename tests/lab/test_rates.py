@@ -167,7 +167,7 @@ def test_figures_draw_medians_and_leave_out_what_diverged():
     assert lines[0][r.NORMALIZED] == [0.3, 0.98, 0.1]
     assert lines[1][r.PLAIN][:2] == pytest.approx([1.1, 1.5])
     assert math.isnan(lines[1][r.PLAIN][2])
-    assert "at 0.1 the loss ended at 1.1 (plain) and 1.7 (BatchNorm)" in loss.see
+    assert "At 0.1 the loss ended at 1.1 (plain) and 1.7 (BatchNorm)" in loss.see
     assert "median of 3 seeds" in accuracy.see
 
 

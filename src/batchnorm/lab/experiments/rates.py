@@ -286,11 +286,10 @@ def figures(settings: RatesSettings, runs: Runs) -> list[Picture]:
         Picture(
             "loss",
             "Training loss by learning rate",
-            f"The same in training, where batches are normalized by themselves: at {lowest:g} the "
-            f"loss ended at {ends[PLAIN]} ({PLAIN}) and {ends[NORMALIZED]} ({NORMALIZED}), so "
-            "what the accuracies show on the left is no matter of running averages. Mean of the "
-            f"last {TAIL:.0%} of the steps; runs that diverged to no finite loss are left out. "
-            f"{lines}",
+            "The same in training, where no running averages are in use: what both figures show "
+            f"is not their doing. At {lowest:g} the loss ended at {ends[PLAIN]} ({PLAIN}) and "
+            f"{ends[NORMALIZED]} ({NORMALIZED}). Mean of the last {TAIL:.0%} of the steps; runs "
+            f"that diverged to no finite loss are left out. {lines}",
             drawn("loss", "training loss", share=False, yscale="log"),
         ),
     ]
