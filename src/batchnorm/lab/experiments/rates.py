@@ -27,7 +27,7 @@ class RatesSettings(Settings):
     """The network, the rates in rising order, and what counts as having learned.
 
     Width and batch are those of the 2015 paper's figure 1, and 90% is what `convergence` counts to.
-    12 layers, because the source's claim is on deep networks: few bear the same rates either way.
+    12 layers, because the source's claim is on deep networks.
     """
 
     rates: tuple[float, ...]
