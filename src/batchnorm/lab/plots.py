@@ -23,6 +23,9 @@ WIDTH = 5.2
 
 BAND_ALPHA = 0.22
 
+#: Places on a horizontal axis that each have room for a label like 0.003.
+MANY = 8
+
 
 Rows = Sequence[Sequence[float | None]]
 """One row a seed; None where there was no finite number."""
@@ -66,16 +69,8 @@ def curves(
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
-    _lines(axes, series, marks=marks)
-    axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
-    if marks:
-        axes.set_xticks(sorted({place for x, _ in series.values() for place in x}))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(_plain)
-    if yscale == "log":
-        _steps_of_a_decade(axes)
-    if share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     if level is not None:
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
         axes.annotate(
@@ -90,24 +85,40 @@ def curves(
     return figure
 
 
-def stacked(
-    panels: Mapping[str, tuple[str, Mapping[str, tuple[Sequence[float], Rows]]]],
+def panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Rows]]],
     *,
     xlabel: str,
-    rings: Mapping[str, float],
+    ylabel: str | Sequence[str],
+    columns: int = 1,
+    xscale: str = "log",
+    yscale: str = "linear",
+    share: bool = True,
+    marks: bool = False,
+    rings: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw several things by one thing, one above the other; all axes are logarithmic.
+    """Draw `curves` in panels; every panel has the same names.
 
     Args:
-        panels: For each title the label of the vertical axis and the series, as `curves` has them.
+        panels: For each panel title the series, as `curves` takes them.
         xlabel: Label of the horizontal axis.
-        rings: For each series the place at which its median is ringed.
+        ylabel: Label of the vertical axes, which then have one scale; or one for each panel.
+        columns: How many panels lie side by side.
+        xscale: "log" or "linear".
+        yscale: "log" or "linear".
+        share: The values are shares of one, and are labelled in percent.
+        marks: The places are few, and each median gets a mark.
+        rings: For each series the place at which its median is ringed, if any.
     """
-    figure = Figure((WIDTH, 0.8 + 2.2 * len(panels)))
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, (ylabel, series)) in zip(grid, panels.items(), strict=True):
-        _lines(axes, series, marks=True)
-        for name, place in rings.items():
+    height, alike = -(-len(panels) // columns), isinstance(ylabel, str)
+    figure = Figure((WIDTH, 0.8 + 2.3 * height))
+    grid = figure.subplots(height, columns, sharex=True, sharey=alike, squeeze=False)
+    for spare in grid.flat[len(panels) :]:
+        spare.remove()
+    ylabels = [ylabel] * len(panels) if isinstance(ylabel, str) else ylabel
+    for axes, (title, series), label in zip(grid.flat, panels.items(), ylabels, strict=False):
+        _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
+        for name, place in (rings or {}).items():
             x, rows = series[name]
             axes.plot(
                 place,
@@ -118,32 +129,50 @@ def stacked(
                 markerfacecolor="none",
                 markeredgewidth=1.2,
             )
-        axes.set(xscale="log", yscale="log", ylabel=ylabel, title=title)
-        axes.xaxis.set_major_formatter(_plain)
-        _steps_of_a_decade(axes)
-    grid[-1].set_xlabel(xlabel)
-    _legend(figure, grid[0])
-    return figure
-
-
-def panels(
-    series: Mapping[str, Mapping[str, tuple[Sequence[float], Rows]]], *, xlabel: str, ylabel: str
-) -> Figure:
-    """Draw `curves` of shares at few places, two panels a row on one scale, all on linear axes."""
-    height = -(-len(series) // 2)
-    figure = Figure((WIDTH, 0.9 + 2.0 * height))
-    grid = figure.subplots(height, 2, sharex=True, sharey=True, squeeze=False)
-    for spare in grid.flat[len(series) :]:
-        spare.remove()
-    for axes, (title, of_panel) in zip(grid.flat, series.items(), strict=False):
-        _lines(axes, of_panel, marks=True)
-        axes.set(title=title)
-        axes.set_xticks(sorted({place for x, _ in of_panel.values() for place in x}))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    figure.supxlabel(xlabel, fontsize="medium")
-    figure.supylabel(ylabel, fontsize="medium")
+        axes.set(title=title, ylabel=label)
+        axes.label_outer()
+        if not alike:
+            axes.set_ylabel(label)
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel)
     _legend(figure, grid[0, 0])
     return figure
+
+
+def _draw(
+    axes: Axes,
+    series: Mapping[str, tuple[Sequence[float], Rows]],
+    *,
+    xscale: str,
+    yscale: str,
+    share: bool,
+    marks: bool,
+) -> None:
+    """Draw each series' median as a line in a band over the seeds."""
+    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        low, middle, high = summary(rows)
+        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
+        axes.plot(
+            x,
+            middle,
+            color=look.colour,
+            linestyle=look.dash,
+            marker=look.mark if marks else None,
+            markersize=5,
+            label=name,
+        )
+    axes.set(xscale=xscale, yscale=yscale)
+    places = sorted({place for x, _ in series.values() for place in x})
+    if marks and len(places) <= MANY:
+        axes.set_xticks(places)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(_plain)
+    if yscale == "log":
+        _steps_of_a_decade(axes)
+    if share:
+        axes.yaxis.set_major_formatter(
+            _percent if yscale == "log" else PercentFormatter(1, decimals=None)
+        )
 
 
 def sweep(
@@ -329,33 +358,23 @@ def strips(
     return figure
 
 
-def _lines(axes: Axes, series: Mapping[str, tuple[Sequence[float], Rows]], *, marks: bool) -> None:
-    """Draw each series' median as a line, with or without marks, in a band over the seeds."""
-    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
-        low, middle, high = summary(rows)
-        axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
-        axes.plot(
-            x,
-            middle,
-            color=look.colour,
-            linestyle=look.dash,
-            marker=look.mark if marks else None,
-            markersize=5,
-            label=name,
-        )
-
-
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
     handles, names = axes.get_legend_handles_labels()
-    # Three long names side by side, with their lines, are wider than the figure.
-    columns = 3 if sum(map(len, names)) <= 36 else 2
+    # Inches that a column takes: its line and gaps, and so much for each letter of 10 points.
+    column = 0.75 + 0.085 * max(map(len, names))
+    columns = max(1, min(3, int(WIDTH / column)))
     figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def _plain(value: float, _: object) -> str:
     """Write a tick as 0.1 or 300, which needs no exponent to be read."""
     return f"{value:g}"
+
+
+def _percent(value: float, _: object) -> str:
+    """Write a tick as 0.5% or 20%: of one axis with both, each with the digits that it needs."""
+    return f"{100 * value:g}%"
 
 
 def _steps_of_a_decade(axes: Axes) -> None:

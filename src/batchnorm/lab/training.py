@@ -23,12 +23,12 @@ def tensors(data: Dataset, *, images: bool = False) -> tuple[Tensor, Tensor, Ten
     """Training inputs and classes, test inputs and classes; rows flat, or images with channels.
 
     Raises:
-        InputError: images are asked for, and the data are rows of numbers.
+        InputError: Images are wanted, and the data has none.
     """
-    if images and data.x_train.ndim < 3:
+    if images and data.x_train.ndim not in (3, 4):
         raise InputError(
-            f"{data.name}: expected images; got rows of {data.x_train.shape[1]} numbers. Give it "
-            "x of shape (rows, height, width) or (rows, channels, height, width)."
+            f"{data.name}: expected images, of (height, width) or (channels, height, width), for a "
+            f"convolutional network; got rows of shape {data.x_train.shape[1:]}. Give it images."
         )
     parts = []
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
@@ -48,7 +48,16 @@ def generator(seed: int) -> torch.Generator:
 
 
 def batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only."""
+    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only.
+
+    Raises:
+        InputError: There are fewer rows than one batch needs.
+    """
+    if rows < size:
+        raise InputError(
+            f"Expected at least {size} training rows, which make one batch; got {rows}. Give it "
+            "more data."
+        )
     order = torch.Generator().manual_seed(ORDER_OFFSET + seed)
     full = rows - rows % size
     while True:

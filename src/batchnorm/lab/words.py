@@ -14,6 +14,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def bands(seeds: int) -> str:
+    """Return what the lines and bands of a figure are.
+
+    >>> bands(8), bands(1)
+    ('Lines: median of 8 seeds; bands: lowest to highest seed.', 'One seed.')
+    """
+    if seeds == 1:
+        return "One seed."
+    return f"Lines: median of {counted(seeds, 'seed')}; bands: lowest to highest seed."
+
+
 def compared(ratio: float, more: str, less: str, same: str) -> str:
     """Say a ratio so that its number is never below one.
 

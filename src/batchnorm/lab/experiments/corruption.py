@@ -353,6 +353,9 @@ def figures(settings: CorruptionSettings, runs: Runs) -> list[Picture]:
                 },
                 xlabel="strength (0: clean)",
                 ylabel="test accuracy",
+                columns=2,
+                xscale="linear",
+                marks=True,
             ),
         ),
         Picture(

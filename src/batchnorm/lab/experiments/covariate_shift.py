@@ -415,16 +415,16 @@ def figures(settings: ShiftSettings, runs: Runs) -> list[Picture]:
             "At one rate, compare the lines above it; at each network's best rate, the rings. "
             "Where the lines of a panel cross, the answer depends on the rate. Runs that did not "
             f"learn are left out. {bands}",
-            plots.stacked(
+            plots.panels(
                 {
-                    "2015: the inputs' distributions, in one step": (
-                        "standard deviations", by_rate("shift")
-                    ),
-                    "2018: the gradient, when earlier layers step": (
-                        "‖G − G′‖ ÷ ‖G‖", by_rate("relative")
-                    ),
-                    "The loss, along its gradient": ("range of the loss", by_rate("range")),
+                    "2015: the inputs' distributions, in one step": by_rate("shift"),
+                    "2018: the gradient, when earlier layers step": by_rate("relative"),
+                    "The loss, along its gradient": by_rate("range"),
                 },
+                ylabel=("standard deviations", "‖G − G′‖ ÷ ‖G‖", "range of the loss"),
+                yscale="log",
+                share=False,
+                marks=True,
                 xlabel="learning rate (log scale)",
                 rings={arm: own[arm] for arm in CLEAN},
             ),
