@@ -100,12 +100,13 @@ def run(trial: ZeroGammaTrial, data: Dataset) -> Run[ZeroGammaTrial]:
         losses = training.fit(
             net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed
         )
-    means = running_mean(losses)
+    means, level = running_mean(losses), math.log(data.classes) / 2
     return Run(
         trial,
         {
             "error": 1 - training.accuracy(net, x_test, y_test),
-            "early": reached(means, math.log(data.classes) / 2),
+            "early": reached(means, level),
+            "level": level,
             "losses": means if trial.stage == EVALUATION else [],
         },
         {},
@@ -269,7 +270,10 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
 
     names = [arm(start) for start in settings.starts]
     steps = list(range(WINDOW, settings.steps + 1))
+    level = select(runs, stage=EVALUATION)[0].measured["level"]
     rates = [f"{select(runs, stage=EVALUATION, arm=n)[0].trial.rate:g} ({n})" for n in names]
+
+    several = settings.tuning_seeds > 1
 
     def swept(name: str) -> list[list[float]]:
         """A row a tuning seed."""
@@ -282,7 +286,7 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
         Picture(
             "loss",
             "Training loss by step",
-            "See where each line starts, and how long it is above the others. Each arm is at its "
+            "See where each line starts, and where it crosses the dotted one. Each arm is at its "
             f"best rate: {', '.join(rates)}. Means of {WINDOW} steps. Lines: median of "
             f"{counted(settings.seeds, 'seed')}; bands: lowest to highest seed.",
             plots.curves(
@@ -293,8 +297,11 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
                     )
                     for n in names
                 },
-                xlabel="training step (log scale)",
+                xlabel="training step",
                 ylabel="training loss (log scale)",
+                level=level,
+                level_label="half of a guess's",
+                xscale="linear",
                 yscale="log",
                 share=False,
             ),
@@ -303,8 +310,9 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
             "rates",
             "Test error by learning rate",
             "See which rates each start bears, and which arm is ahead at small ones. Lines: "
-            f"median of the sweep, {counted(settings.tuning_seeds, 'seed')}; bands: lowest to "
-            "highest.",
+            f"{'median of ' if several else ''}the sweep's "
+            f"{counted(settings.tuning_seeds, 'seed')}"
+            f"{'; bands: lowest to highest' if several else ''}.",
             plots.curves(
                 {n: (settings.rates, swept(n)) for n in names},
                 xlabel="learning rate (log scale)",
