@@ -345,7 +345,8 @@ def figures(settings: RenormSettings, runs: Runs) -> list[Picture]:
             plots.curves(
                 series,
                 xlabel="samples normalized together (log scale)",
-                ylabel="test error",
+                ylabel="test error (log scale)",
+                yscale="log",
                 level=statistics.median(_errors(runs, large)),
                 level_label=large,
                 marks=True,
