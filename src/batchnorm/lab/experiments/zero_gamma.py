@@ -252,8 +252,8 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
         not_shown=(
             "What it does beside a warm-up: the source raises the rate slowly at the start, which "
             "may help a start at 1 in the same way; here no arm has one.",
-            "Anything about large minibatches, where the source found it to help most: the batch "
-            f"is {settings.batch} throughout.",
+            "Anything about large minibatches, which the source is about: the batch is "
+            f"{settings.batch} throughout.",
             "That it must be zero: it is a way to make branches small, and small outputs of the "
             "untrained network with them. The full profile tries one other small start.",
         ),
@@ -286,7 +286,8 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
         Picture(
             "loss",
             "Training loss by step",
-            "See where each line starts, and where it crosses the dotted one. Each arm is at its "
+            "See where each line starts, and where it crosses the dotted one, half of what a guess "
+            "costs. Each arm is at its "
             f"best rate: {', '.join(rates)}. Means of {WINDOW} steps. Lines: median of "
             f"{counted(settings.seeds, 'seed')}; bands: lowest to highest seed.",
             plots.curves(
@@ -300,7 +301,6 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
                 xlabel="training step",
                 ylabel="training loss (log scale)",
                 level=level,
-                level_label="half of a guess's",
                 xscale="linear",
                 yscale="log",
                 share=False,
