@@ -1,4 +1,4 @@
-"""The networks that experiments share: a multilayer perceptron and a small residual network.
+"""The networks that experiments share: a multilayer perceptron and residual networks.
 
 Every weight is drawn from the generator given, so that two arms that draw the same shapes in the
 same order begin with the same weights; layers that only one arm has draw nothing.
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from batchnorm import BatchNorm
 
 Norm = Callable[[int], nn.Module | None]
 """Makes the normalization for so many channels; None: there is none, and the layer has a bias."""
@@ -130,3 +132,43 @@ def resnet(
             before = width
     head = dense(before, classes, generator, gain=1.0)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+class DenseBlock(nn.Module):
+    """relu(x + BN(W·relu(BN(V·x)))), fused where the layer can.
+
+    Args:
+        width: of input and output.
+        generator: of the weights.
+        last: γ of the second normalization at the start.
+    """
+
+    def __init__(self, width: int, generator: torch.Generator, *, last: float = 1.0) -> None:
+        super().__init__()
+        self.first = dense(width, width, generator, bias=False)
+        self.inner = BatchNorm(width, activation="relu")
+        self.second = dense(width, width, generator, bias=False)
+        self.outer = BatchNorm(width, activation="relu")
+        nn.init.constant_(self.outer.weight, last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rectified sum."""
+        y: Tensor = self.outer(self.second(self.inner(self.first(x))), residual=x)
+        return y
+
+
+def residual_mlp(
+    sizes: tuple[int, int, int], blocks: int, generator: torch.Generator, *, last: float = 1.0
+) -> nn.Sequential:
+    """A dense layer with normalization and ReLU, dense residual blocks, and a dense head.
+
+    Args:
+        sizes: of the input, the blocks and the output.
+        blocks: how many.
+        generator: of the weights.
+        last: see `DenseBlock`.
+    """
+    fan_in, width, classes = sizes
+    stem = dense(fan_in, width, generator, bias=False), BatchNorm(width, activation="relu")
+    body = [DenseBlock(width, generator, last=last) for _ in range(blocks)]
+    return nn.Sequential(*stem, *body, dense(width, classes, generator, gain=1.0))

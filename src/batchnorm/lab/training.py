@@ -75,6 +75,7 @@ def fit(
     seed: int,
     momentum: float = 0.9,
     decay: bool = True,
+    arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """Train by SGD on the cross-entropy; return the losses.
 
@@ -88,6 +89,7 @@ def fit(
         seed: of the order of rows.
         momentum: of SGD.
         decay: the rate falls to zero by a cosine; else it stays.
+        arrange: puts the row numbers of each batch in another order.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, rate, momentum=momentum)
@@ -97,8 +99,9 @@ def fit(
         if decay:
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = rows if arrange is None else arrange(rows)
         optimizer.zero_grad()
-        loss = cross_entropy(net(x[rows]), y[rows])
+        loss = cross_entropy(net(x[chosen]), y[chosen])
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
