@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import Dataset
 
 #: Added to a run's seed for the order of its batches: those draws must not repeat the weights'.
@@ -20,7 +21,17 @@ ROWS = 1000
 
 
 def tensors(data: Dataset, *, images: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training inputs and classes, test inputs and classes; rows flat, or images with channels."""
+    """Training inputs and classes, test inputs and classes; rows flat, or images with channels.
+
+    Raises:
+        InputError: images are asked for, and the data are a table.
+    """
+    if images and data.x_train.ndim not in (3, 4):
+        raise InputError(
+            f"{data.name}: expected images, x of shape (rows, height, width) or (rows, channels, "
+            f"height, width), for a convolutional network; got rows of shape "
+            f"{data.x_train.shape[1:]}. Reshape x if they are images, or choose another experiment."
+        )
     parts = []
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
         rows = torch.tensor(x)
