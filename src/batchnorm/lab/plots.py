@@ -279,7 +279,10 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    handles, names = axes.get_legend_handles_labels()
+    # Three of 17 letters are as wide as the figure.
+    columns = 3 if max(map(len, names), default=0) <= 17 else 2
+    figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def _plain(value: float, _: object) -> str:
@@ -288,7 +291,12 @@ def _plain(value: float, _: object) -> str:
 
 
 def _steps_of_a_decade(axes: Axes) -> None:
-    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis.
+
+    Of very many decades there is room for some only.
+    """
+    low, high = axes.get_ylim()
+    subs = (1, 2, 5) if high < 1e6 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(_plain)
     axes.yaxis.set_minor_formatter(NullFormatter())

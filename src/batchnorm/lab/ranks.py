@@ -8,7 +8,7 @@ through a file in a temporary folder, so no port is needed that another run may 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import pickle
 import subprocess
@@ -91,7 +91,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s:
                 f"Rank {rank} ended with status {statuses[rank]}:\n{_last_words(folder, rank)}"
                 for rank in failed
             )
-            raise SyncError(f"expected {len(processes)} processes to finish.\n{words}")
+            raise SyncError(f"expected every process to finish, all of {len(processes)}.\n{words}")
         if all(status == 0 for status in statuses):
             return
         if time.monotonic() > ends_at:
@@ -121,7 +121,7 @@ def _main(name: str, rank: int, world: int) -> None:
         (folder / "rendezvous").as_uri(),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=dt.timedelta(seconds=timeout_s),
     )
     result = pickle.dumps(function(rank, world, *arguments))
     (folder / f"result{rank}").write_bytes(result)

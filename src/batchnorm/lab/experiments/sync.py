@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,8 +33,8 @@ from batchnorm.sync import Synchronizer
 
 EVEN, UNEVEN, AVERAGED, OWN = ARMS = (
     "synchronised",
-    "synchronised, unequal shares",
-    "plain averages, unequal shares",
+    "synchronised, unequal",
+    "plain averages, unequal",
     "not synchronised",
 )
 
@@ -42,6 +43,9 @@ OUTPUTS, GRADIENTS, STATISTICS = PARTS = ("outputs", "gradients", "statistics")
 #: Relative. In float64 rounding alone is ten decades smaller to begin with; what makes another
 #: network is many decades larger.
 TOLERANCE = 1e-6
+
+#: Equal to the bit counts as this, which rounding can hardly be below: zero has no logarithm.
+FLOOR = 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class SyncTrial(Trial):
 Runs = Sequence[Run[SyncTrial]]
 
 PROFILES = {
-    "quick": SyncSettings(seeds=4, worlds=(2,), steps=10),
+    "quick": SyncSettings(seeds=4, worlds=(2,), steps=8),
     "full": SyncSettings(seeds=8, worlds=(2, 4), steps=30),
 }
 
@@ -78,9 +82,10 @@ def shares(arm: str, processes: int, batch: int) -> list[int]:
     >>> shares(EVEN, 2, 32), shares(UNEVEN, 2, 32), shares(UNEVEN, 4, 32)
     ([16, 16], [20, 12], [11, 9, 7, 5])
     """
-    if batch % processes:
-        raise ArgumentError(f"expected a batch that {processes} processes can share, got {batch}")
-    unit = 0 if arm in (EVEN, OWN) else max(1, batch // (2 * processes**2))
+    steps = 2 * processes**2
+    if batch % steps:
+        raise ArgumentError(f"expected a batch that is a multiple of {steps}, got {batch}")
+    unit = 0 if arm in (EVEN, OWN) else batch // steps
     return [batch // processes + (processes - 1 - 2 * rank) * unit for rank in range(processes)]
 
 
@@ -92,6 +97,8 @@ class PlainAverage(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -227,23 +234,15 @@ def _farthest(runs: Runs, processes: int, arm: str, parts: Sequence[str] = PARTS
     return [max(max(r.measured[arm][part]) for part in parts) for r in _of(runs, processes)]
 
 
-def _equal(runs: Runs, processes: int, arm: str) -> Verdict:
-    distances = _farthest(runs, processes, arm)
+def _equal(runs: Runs, processes: int, arm: str, *, claimed: bool = True) -> Verdict:
+    """Judge in decades: the differences are ratios, and a decade is a decade at either end."""
+    distances = [math.log10(max(d, FLOOR)) for d in _farthest(runs, processes, arm)]
+    bounds = [math.log10(TOLERANCE)] * len(distances)
     return judge(
-        [TOLERANCE] * len(distances),
-        distances,
-        unit="relative difference",
-        names=("tolerance", "distance"),
-    )
-
-
-def _different(runs: Runs, processes: int, arm: str) -> Verdict:
-    distances = _farthest(runs, processes, arm)
-    return judge(
-        distances,
-        [TOLERANCE] * len(distances),
-        unit="relative difference",
-        names=("distance", "tolerance"),
+        bounds if claimed else distances,
+        distances if claimed else bounds,
+        unit="decades",
+        names=("tolerance", "distance") if claimed else ("distance", "tolerance"),
     )
 
 
@@ -260,18 +259,18 @@ def analyse(settings: SyncSettings, runs: Runs) -> Findings:
     even, uneven = (_listed(shares(arm, first, settings.batch)) for arm in (EVEN, UNEVEN))
     also = [
         Judged(
-            f"So do batches of unequal size ({uneven} rows).",
+            f"Synchronised batches of unequal size ({uneven} rows) equal one big batch, too.",
             _equal(runs, first, UNEVEN),
         ),
         Judged(
-            "Averaging the processes' means and mean squares is not enough where their batches "
+            "To average the processes' means and mean squares is not enough where their batches "
             f"differ in size ({uneven} rows).",
-            _different(runs, first, AVERAGED),
+            _equal(runs, first, AVERAGED, claimed=False),
         ),
         Judged(
-            "Without synchronisation it is another network, though the gradients are averaged "
+            "Without synchronisation it is another network, though gradients are averaged "
             f"({even} rows).",
-            _different(runs, first, OWN),
+            _equal(runs, first, OWN, claimed=False),
         ),
     ]
     for processes in others:
@@ -316,7 +315,8 @@ def analyse(settings: SyncSettings, runs: Runs) -> Findings:
             "other's in between. The distance of a step is the largest difference in any tensor, "
             "relative to the largest value of that tensor in the one process; a seed's is the "
             "largest of all steps, and of outputs, gradients and running statistics.",
-            f"It counts as equal below {TOLERANCE:g}.",
+            f"It counts as equal below {TOLERANCE:g}; the verdict is on how many decades it lies "
+            "from there.",
         ),
         caveats=verdict.caveats(),
         not_shown=(
