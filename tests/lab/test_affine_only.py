@@ -68,6 +68,7 @@ def test_what_is_trained_and_what_keeps_its_first_value(kind):
     if kind == a.RANDOM:
         most = [changed[name].flatten(1).sum(1) for name in convolutions]
         assert torch.cat(most).max() == 2
+        assert len({tuple(row.flatten().tolist()) for row in changed[max(convolutions)]}) > 30
         other, _ = a.build(trial(kind, seed=4), 1, 10)
         first = copies(other)
         training.fit(other, x, y, rate=1.0, steps=1, batch=64, seed=0)

@@ -28,7 +28,7 @@ def test_ranks_talk_to_each_other_and_their_results_come_in_order(started):
 
 def test_a_failure_is_told_with_its_cause():
     with pytest.raises(
-        SyncError, match=r"(?s)expected all of 1 to finish to finish.*ValueError: the cau"
+        SyncError, match=r"(?s)expected every process to finish.*ValueError: the cau"
     ):
         ranks.together(rank_tasks.fail, 1)
 
