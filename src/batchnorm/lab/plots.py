@@ -378,7 +378,12 @@ def _percent(value: float, _: object) -> str:
 
 
 def _steps_of_a_decade(axes: Axes) -> None:
-    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis.
+
+    Of very many decades there is room for some only.
+    """
+    low, high = axes.get_ylim()
+    subs = (1, 2, 5) if high < 1e6 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(_plain)
     axes.yaxis.set_minor_formatter(NullFormatter())
