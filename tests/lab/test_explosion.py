@@ -1,4 +1,5 @@
 import dataclasses
+
 from batchnorm.lab.experiments import explosion as e
 from lab_rehearsal import rehearse
 

@@ -23,6 +23,9 @@ WIDTH = 5.2
 
 BAND_ALPHA = 0.22
 
+# From four decades on, 1, 2 and 5 of each would be 12 numbers or more on an axis.
+MANY = 1e4
+
 
 Rows = Sequence[Sequence[float | None]]
 """One row a seed; None where there was no finite number."""
@@ -50,6 +53,7 @@ def curves(
     yscale: str = "linear",
     share: bool = True,
     marks: bool = False,
+    lines: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
     """Draw the median and the range over seeds of something by something.
 
@@ -63,10 +67,13 @@ def curves(
         yscale: "log" or "linear".
         share: The values are shares of one, and are labelled in percent.
         marks: The places are few, and each median gets a mark.
+        lines: What was predicted for series, dotted.
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
     for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+        if lines and name in lines:
+            axes.plot(x, lines[name], color=INK, linestyle=":", linewidth=1)
         low, middle, high = summary(rows)
         axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
         axes.plot(
@@ -279,16 +286,23 @@ def strips(series: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Name the series above the axes, where no curve can run through the names."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    handles, names = axes.get_legend_handles_labels()
+    columns = 2 if len(names) == 4 else 3
+    figure.legend(handles, names, loc="outside upper right", ncols=columns)
 
 
 def _plain(value: float, _: object) -> str:
-    """Write a tick as 0.1 or 300, which needs no exponent to be read."""
-    return f"{value:g}"
+    """Write a tick as 0.1 or 300, which needs no exponent to be read; a millionth as 1e-6."""
+    mantissa, e, exponent = f"{value:g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
 def _steps_of_a_decade(axes: Axes) -> None:
-    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis.
+
+    Many decades are enough by themselves, and there would be no room for more.
+    """
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < MANY else (1,)))
     axes.yaxis.set_major_formatter(_plain)
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from batchnorm.errors import InputError
 from batchnorm.lab.data import Dataset
 
 #: Added to a run's seed for the order of its batches: those draws must not repeat the weights'.
@@ -38,12 +39,29 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def draw(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return the row numbers of one batch, no row twice; InputError if there are too few."""
+    _suffice(rows, size)
+    return torch.randperm(rows, generator=generator)[:size]
+
+
 def batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only."""
+    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only.
+
+    InputError if the rows do not fill one.
+    """
+    _suffice(rows, size)
     order = torch.Generator().manual_seed(ORDER_OFFSET + seed)
     full = rows - rows % size
     while True:
         yield from torch.randperm(rows, generator=order)[:full].split(size)
+
+
+def _suffice(rows: int, size: int) -> None:
+    if rows < size:
+        raise InputError(
+            f"Expected at least {size} training rows, for one batch; got {rows}. Use more data."
+        )
 
 
 def fit(

@@ -247,8 +247,10 @@ def _strength(
             f"{'hangs on where they were stopped' if sometimes else 'is a lower bound in size'}, "
             "and its standard error says nothing about how much seeds differ."
         )
+    # Of an identity that holds to rounding there would be billions.
     distance = (
-        f"{abs(mean) / error:.1f} standard errors, and more than {STANDARD_ERRORS:g} are needed"
+        f"{min(abs(mean) / error, 1000):.1f}{' or more' if abs(mean) > 1000 * error else ''} "
+        f"standard errors, and more than {STANDARD_ERRORS:g} are needed"
         if error
         else "every seed gave the same"
     )
