@@ -109,22 +109,29 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of rows that are classified right, in evaluation; modes are as before afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    with torch.no_grad():
-        right = sum(
-            int((net(part).argmax(1) == labels).sum())
-            for part, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
-        )
-    for module, training in modes:
-        module.training = training
+    try:
+        with torch.no_grad():
+            right = sum(
+                int((net(part).argmax(1) == labels).sum())
+                for part, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
     return right / len(y)
 
 
 def saved_bytes(run: Any) -> int:
-    """Bytes that autograd keeps for the backward pass of what `run()` returns, parameters apart."""
+    """Bytes that autograd keeps for the backward pass of what `run()` returns, parameters apart.
+
+    Storage that several tensors share counts once.
+    """
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
+        # A dense layer may keep its weight transposed: a view, whose base is the parameter.
+        owner = tensor if tensor._base is None else tensor._base
+        if not owner.is_leaf or not owner.requires_grad:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
