@@ -137,3 +137,12 @@ def test_would_change_names_the_margins():
     assert "at most 1 may disagree or tie; here 1 did" in first
     assert "±2.75 steps" in second  # 2 × 11 × sqrt(1/8 × 7/8 × 8/7) / sqrt(8)
     assert f"{verdict.false_rate(8):.1%}" in third
+
+
+def test_a_distance_of_billions_of_standard_errors_is_not_spelt_out():
+    def distance(spread):
+        return judge([1.0, 1.0], [0.0, spread], unit="steps").sentence
+
+    assert "more than 1,000 standard errors" in distance(1e-9)
+    assert "more than 1,000 standard errors" in distance(1.9e-3)
+    assert "665.7 standard errors" in distance(3e-3)  # 0.9985 / 0.0015

@@ -248,9 +248,10 @@ def _strength(
             "and its standard error says nothing about how much seeds differ."
         )
     # Of an identity that holds to rounding there would be billions.
+    many = error and abs(mean) / error > 1000
     distance = (
-        f"{min(abs(mean) / error, 1000):.1f}{' or more' if abs(mean) > 1000 * error else ''} "
-        f"standard errors, and more than {STANDARD_ERRORS:g} are needed"
+        f"{'more than 1,000' if many else f'{abs(mean) / error:.1f}'} standard errors, and more "
+        f"than {STANDARD_ERRORS:g} are needed"
         if error
         else "every seed gave the same"
     )

@@ -262,13 +262,7 @@ def analyse(settings: InvarianceSettings, runs: Runs) -> Findings:
         ),
         verdict=verdict,
         table=Table(
-            (
-                "hidden weights",
-                "plain: change",
-                "BatchNorm: change",
-                "‖gradient‖",
-                "factor × ‖gradient‖",
-            ),
+            ("weights", "plain changed", "BatchNorm changed", "‖gradient‖", "× factor"),
             tuple(rows),
         ),
         recipe=(
