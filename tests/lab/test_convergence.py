@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from batchnorm import BatchNorm
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
 from batchnorm.lab.experiments import convergence as c
+from batchnorm.lab.training import batches
 from batchnorm.lab.tuning import EVALUATION, FIRST_TUNING_SEED, SWEEP
 from lab_tiny import SETTINGS
 
@@ -37,18 +37,6 @@ def test_both_arms_start_from_the_same_scaled_draws(init):
         assert (b.bias is None) == (index < 3)
 
 
-def test_batches_are_full_and_go_through_the_rows_in_a_new_order_each_epoch():
-    rows = [tuple(b.tolist()) for b in itertools.islice(c.batches(200, trial(c.PLAIN)), 6)]
-    assert [len(b) for b in rows] == [60] * 6
-    first, second = set().union(*rows[:3]), set().union(*rows[3:])
-    assert len(first) == len(second) == 180
-    assert rows[:3] != rows[3:]
-    again = [tuple(b.tolist()) for b in itertools.islice(c.batches(200, trial(c.NORMALIZED)), 6)]
-    assert again == rows
-    other = next(c.batches(200, trial(c.PLAIN, seed=4)))
-    assert tuple(other.tolist()) != rows[0]
-
-
 @pytest.mark.parametrize("arm", c.ARMS)
 def test_run_equals_the_same_training_written_with_torchs_own_parts(arm):
     """Every curve, against nn.BatchNorm1d, optim.SGD, backward() and a hook on the last sigmoid."""
@@ -67,7 +55,7 @@ def test_run_equals_the_same_training_written_with_torchs_own_parts(arm):
     x_test, y_test = torch.from_numpy(data.x_test).flatten(1), torch.from_numpy(data.y_test)
     shares = torch.tensor([0.15, 0.5, 0.85])
     expected: dict[str, list] = {key: [] for key in found}
-    for step, rows in zip(range(1, 24), c.batches(len(x), t), strict=False):
+    for step, rows in zip(range(1, 24), batches(len(x), 60, t.seed), strict=False):
         net.train()
         optimizer.zero_grad()
         nn.CrossEntropyLoss()(net(x[rows]), y[rows]).backward()
@@ -268,13 +256,3 @@ def test_figures_and_their_sentences_show_the_runs_own_numbers():
     levels = {tuple(line.get_ydata()) for line in values}
     assert {(-5.0,) * 3, (0.0,) * 3, (5.0,) * 3} <= levels  # the first seed's, no other's
     assert not {(-6.0,) * 3, (6.0,) * 3} & levels
-
-
-def test_weights_and_batches_are_drawn_apart():
-    t = trial(c.PLAIN, seed=3)
-    first = next(c.batches(100, t))
-    assert not torch.equal(first, torch.randperm(100, generator=seeded(3))[: t.batch])
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)

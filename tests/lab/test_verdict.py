@@ -150,3 +150,12 @@ def test_equal_differences_have_no_standard_error_though_their_mean_is_rounded()
     assert np.std(verdict.differences) > 0
     assert verdict.standard_error == 0
     assert "every seed gave the same" in verdict.sentence
+
+
+def test_a_distance_of_billions_of_standard_errors_is_not_spelt_out():
+    def distance(spread):
+        return judge([1.0, 1.0], [0.0, spread], unit="steps").sentence
+
+    assert "more than 1,000 standard errors" in distance(1e-9)
+    assert "more than 1,000 standard errors" in distance(1.9e-3)
+    assert "665.7 standard errors" in distance(3e-3)  # 0.9985 / 0.0015

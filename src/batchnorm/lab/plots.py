@@ -25,6 +25,8 @@ BAND_ALPHA = 0.22
 
 #: Places on a horizontal axis that each have room for a label like 0.003.
 MANY = 8
+#: From four decades on, 1, 2 and 5 of each would be 12 numbers or more on an axis.
+WIDE = 1e4
 
 
 Rows = Sequence[Sequence[float | None]]
@@ -53,6 +55,7 @@ def curves(
     yscale: str = "linear",
     share: bool = True,
     marks: bool = False,
+    lines: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
     """Draw the median and the range over seeds of something by something.
 
@@ -66,9 +69,12 @@ def curves(
         yscale: "log" or "linear".
         share: The values are shares of one, and are labelled in percent.
         marks: The places are few, and each median gets a mark.
+        lines: What was predicted for series, dotted.
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
+    for name, line in (lines or {}).items():
+        axes.plot(series[name][0], line, color=INK, linestyle=":", linewidth=1)
     _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if level is not None:
@@ -368,8 +374,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _plain(value: float, _: object) -> str:
-    """Write a tick as 0.1 or 300, which needs no exponent to be read."""
-    return f"{value:g}"
+    """Write a tick as 0.1 or 300, which needs no exponent to be read; a millionth as 1e-6."""
+    mantissa, e, exponent = f"{value:g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
 def _percent(value: float, _: object) -> str:
@@ -380,10 +387,9 @@ def _percent(value: float, _: object) -> str:
 def _steps_of_a_decade(axes: Axes) -> None:
     """Label 1, 2 and 5 of each decade: the decades alone may leave one number on an axis.
 
-    Of very many decades there is room for some only.
+    Many decades are enough by themselves, and there would be no room for more.
     """
     low, high = axes.get_ylim()
-    subs = (1, 2, 5) if high < 1e6 * low else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < WIDE else (1,)))
     axes.yaxis.set_major_formatter(_plain)
     axes.yaxis.set_minor_formatter(NullFormatter())

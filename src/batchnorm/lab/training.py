@@ -47,21 +47,31 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def draw(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return the row numbers of one batch, no row twice; InputError if there are too few."""
+    _suffice(rows, size)
+    return torch.randperm(rows, generator=generator)[:size]
+
+
 def batches(rows: int, size: int, seed: int) -> Iterator[Tensor]:
     """Yield the row numbers of each batch for ever: a new order every epoch, full batches only.
 
     Raises:
         InputError: There are fewer rows than one batch needs.
     """
+    _suffice(rows, size)
+    order = torch.Generator().manual_seed(ORDER_OFFSET + seed)
+    full = rows - rows % size
+    while True:
+        yield from torch.randperm(rows, generator=order)[:full].split(size)
+
+
+def _suffice(rows: int, size: int) -> None:
     if rows < size:
         raise InputError(
             f"Expected at least {size} training rows, which make one batch; got {rows}. Give it "
             "more data."
         )
-    order = torch.Generator().manual_seed(ORDER_OFFSET + seed)
-    full = rows - rows % size
-    while True:
-        yield from torch.randperm(rows, generator=order)[:full].split(size)
 
 
 def fit(
@@ -112,13 +122,15 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of rows that are classified right, in evaluation; modes are as before afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    with torch.no_grad():
-        right = sum(
-            int((net(part).argmax(1) == labels).sum())
-            for part, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
-        )
-    for module, training in modes:
-        module.training = training
+    try:
+        with torch.no_grad():
+            right = sum(
+                int((net(part).argmax(1) == labels).sum())
+                for part, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
     return right / len(y)
 
 

@@ -28,6 +28,7 @@ class ArmTrial(Trial):
 
 
 A = TypeVar("A", bound=ArmTrial)
+T = TypeVar("T", bound=Trial)
 
 
 def plan(
@@ -70,7 +71,7 @@ def plan(
     return wanted + [replace(trial, seed=seed) for seed in range(seeds) for trial in chosen]
 
 
-def select(runs: Sequence[Run[A]], **fields: Any) -> list[Run[A]]:
+def select(runs: Sequence[Run[T]], **fields: Any) -> list[Run[T]]:
     """Return the runs whose trials have these fields, in the order of the plan."""
     return [r for r in runs if all(getattr(r.trial, k) == v for k, v in fields.items())]
 

@@ -265,8 +265,11 @@ def _strength(
             f"{'hangs on where they were stopped' if sometimes else 'is a lower bound in size'}, "
             "and its standard error says nothing about how much seeds differ."
         )
+    # Of an identity that holds to rounding there would be billions.
+    many = error and abs(mean) / error > 1000
     distance = (
-        f"{abs(mean) / error:.1f} standard errors, and more than {STANDARD_ERRORS:g} are needed"
+        f"{'more than 1,000' if many else f'{abs(mean) / error:.1f}'} standard errors, and more "
+        f"than {STANDARD_ERRORS:g} are needed"
         if error
         else "every seed gave the same"
     )

@@ -6,17 +6,17 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from batchnorm import BatchNorm
-from batchnorm.lab import tuning
+from batchnorm.lab import training, tuning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Picture, Run, Settings, Table
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
@@ -26,9 +26,6 @@ from batchnorm.lab.words import compared, counted
 PLAIN, NORMALIZED = ARMS = ("plain", "BatchNorm")
 PERCENTILES = (15, 50, 85)  # those of the paper's figure 1b, c
 XAVIER = "Xavier"
-
-# Added to a run's seed for the order of its batches: those draws must not repeat the weights'.
-ORDER_OFFSET = 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +105,6 @@ def build(trial: ConvergenceTrial, features: int, classes: int) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
-def batches(rows: int, trial: ConvergenceTrial) -> Iterator[Tensor]:
-    """Yield the row numbers of each batch for ever: a new order every epoch, full batches only."""
-    order = torch.Generator().manual_seed(ORDER_OFFSET + trial.seed)
-    full = rows - rows % trial.batch
-    while True:
-        yield from torch.randperm(rows, generator=order)[:full].split(trial.batch)
-
-
 def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
     """Train by plain SGD; look at the test set every few steps, in eval mode.
 
@@ -134,7 +123,8 @@ def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
         names += ["all_units", "unit_0", "gradient_norm"]
     curves: dict[str, list[Any]] = {name: [] for name in names}
     clock: list[float] = []
-    for step, rows in zip(range(1, trial.steps + 1), batches(len(x), trial), strict=False):
+    batches = training.batches(len(x), trial.batch, trial.seed)
+    for step, rows in zip(range(1, trial.steps + 1), batches, strict=False):
         start = time.perf_counter()
         loss = cross_entropy(net(x[rows]), y[rows])
         gradients = torch.autograd.grad(loss, parameters)
