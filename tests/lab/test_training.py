@@ -61,7 +61,7 @@ def test_draw_takes_no_row_twice_and_says_what_is_missing():
     found = training.draw(50, 50, training.generator(0))
     assert sorted(found.tolist()) == list(range(50))
     assert len(training.draw(50, 7, training.generator(0))) == 7
-    with pytest.raises(InputError, match="at least 51 training rows, for one batch; got 50"):
+    with pytest.raises(InputError, match="at least 51 training rows, which make one batch; got 50"):
         training.draw(50, 51, training.generator(0))
     # An epoch without a full batch would be empty, and the next one too, for ever.
     with pytest.raises(InputError, match="at least 51 training rows"):
