@@ -347,8 +347,8 @@ def figures(settings: ExplosionSettings, runs: Runs) -> list[Picture]:
         Picture(
             "settling",
             "Growth against the theory by place in the network",
-            f"1 is the predicted growth; a point is the mean over {counted(BLOCK, 'layer')}. At "
-            "either end cotangent and data still show, the longer the larger the batch: "
+            f"1 is the predicted growth; a point is the mean over {counted(BLOCK, 'layer')}. See "
+            "the ends, where cotangent and data still show, the longer the larger the batch: "
             f"{RELU_MARGIN} layers with ReLU and twice the batch size without are not measured. "
             f"{bands}",
             plots.curves(
