@@ -167,3 +167,4 @@ def test_saved_bytes_count_all_of_a_storage_that_a_view_keeps():
     net, scale = nn.Module(), torch.randn(4, requires_grad=True)
     whole = torch.randn(6, 4)
     assert training.saved_bytes(net, lambda: scale * whole[0]) == 6 * 4 * 4
+    assert training.saved_bytes(net, lambda: scale * whole[0] + scale * whole[1]) == 6 * 4 * 4

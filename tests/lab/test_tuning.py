@@ -105,7 +105,7 @@ def test_edge_names_the_arm_whose_rate_is_the_lowest_or_the_highest(rate, on_edg
 
 
 def test_edges_say_it_once_an_arm_and_of_the_evaluation_only():
-    (only,) = tuning.edges(RUNS, RATES)
+    (only,) = tuning.edges(RUNS + SWEPT, RATES)
     assert "the a network, 10," in only
     assert tuning.edges(RUNS, (0.01, 0.1, 1.0, 10.0, 100.0)) == ()
 

@@ -359,7 +359,8 @@ def strips(
         axes.axvline(level, color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
     axes.set_yticks([-place for place in range(len(series))], list(series))
-    axes.set_xlim(left=0)
+    # From zero, and to where the last mark is whole.
+    axes.set_xlim(0, axes.get_xlim()[1])
     axes.grid(visible=False, axis="y")
     return figure
 
