@@ -360,7 +360,7 @@ def strips(
     axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
     axes.set_yticks([-place for place in range(len(series))], list(series))
     # From zero, and to where the last mark is whole.
-    axes.set_xlim(0, axes.get_xlim()[1])
+    axes.set_xlim(0, 1.05 * max(max(values) for values in series.values()))
     axes.grid(visible=False, axis="y")
     return figure
 
