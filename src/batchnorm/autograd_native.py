@@ -94,7 +94,7 @@ def step_each(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    runnings: Sequence[Running],
+    runnings: Sequence[Any],
     settings: Settings,
 ) -> tuple[Tensor, Tensor | None] | None:
     """`step` in training of several batches at once, (batches, N, C), each by its own statistics.
@@ -104,9 +104,7 @@ def step_each(
     refused.
     """
     momentum = settings[0]
-    if not native.serves(x, weight, bias, None) or not all(
-        native.serves_buffer(buffer) for running in runnings for buffer in running[:2]
-    ):
+    if not native.serves(x, weight, bias, None) or not all(_fit(r, x.shape[2]) for r in runnings):
         return None
     found: list[Moments] = []
     served = step(
@@ -122,10 +120,10 @@ def step_each(
         for (mean, var, counter), batch in zip(runnings, rows, strict=True):
             share = share_of(momentum, counter)
             refused = native.update(*batch, count, mean, var, counter, share)
-            if refused and refusal is None and mean is not None and var is not None:
+            if refused and refusal is None:
                 of_batch = _moments_of(*batch, count)
                 refusal = ~sound(of_batch, mean, var, together=momentum is None)
-        torch.autograd.graph.increment_version([b for r in runnings for b in r if b is not None])
+        torch.autograd.graph.increment_version([b for r in runnings for b in r])
     return served[0].view_as(x), refusal
 
 
@@ -192,6 +190,26 @@ def _grouped(x: Tensor, size: int) -> int:
     """The flags that say how many samples make a group."""
     # More than there are would not fit into the number.
     return int(min(size, x.numel())) << native.GROUP_BIT
+
+
+def _fit(running: Running, channels: int) -> bool:
+    """Whether `native.update` may change these: it does not ask, as `native.forward` does."""
+    mean, var, counter = running
+    return (
+        all(
+            vector is not None
+            and native.serves_buffer(vector)
+            and vector.is_cpu
+            and vector.shape == (channels,)
+            and vector.dtype in (torch.float32, torch.float64)
+            and vector.is_contiguous()
+            for vector in (mean, var)
+        )
+        and counter is not None
+        and counter.is_cpu
+        and counter.dtype is torch.int64
+        and counter.numel() == 1
+    )
 
 
 def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm, BatchNormLSTM, NonFiniteWarning, freeze, pause_statistics
+from batchnorm import (
+    BatchNorm,
+    BatchNormLSTM,
+    InputError,
+    NonFiniteWarning,
+    freeze,
+    pause_statistics,
+)
 from batchnorm.layers import steps
 from batchnorm.layers.steps import add_steps, along, steps_by_batch
 
@@ -178,3 +185,19 @@ def test_a_checkpointed_pass_counts_once(reentrant):
     torch.testing.assert_close(x.grad, expected)
     for a, b in zip(lstm.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("running_mean", torch.zeros(CHANNELS + 1), "channels"),
+        ("running_var", torch.ones(CHANNELS - 1), "channels"),
+        ("running_mean", torch.zeros(1, CHANNELS), "shape"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(name, other, message):
+    """The operator that updates them does not look."""
+    norm = a_layer()
+    setattr(norm.banks["step1"], name, other)
+    with pytest.raises(InputError, match=message):
+        along(norm, [6] * 3, 3, LENGTH).each(torch.randn(18, CHANNELS, dtype=torch.float64))

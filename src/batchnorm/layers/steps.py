@@ -119,7 +119,7 @@ class ByFunction(Steps):
         steps, size = len(self.sizes), self.sizes[0]
         if self.by_batch < steps or self.sizes[-1] < size:
             return super().each(x)
-        runnings = self.running if self.norm.track_running_stats else []
+        runnings: Any = self.running if self.norm.track_running_stats else []
         served = autograd_native.step_each(
             x.unflatten(0, (steps, size)), self.weight, self.bias, runnings, self.settings
         )
