@@ -176,6 +176,8 @@ TESTS = {
     ],
     "tools/together.py": TOGETHER,
     "layers/recurrent.py": ["layers/test_recurrent.py"],
+    "layers/steps.py": ["layers/test_steps.py", "layers/test_recurrent.py"],
+    "layers/lstm_step.py": ["layers/test_lstm_step.py", "layers/test_recurrent.py"],
     "layers/batch_norm.py": [
         "layers/test_batch_norm.py", "test_validation.py", "test_outline.py", "layers/test_swap.py",
         "layers/test_persistence.py", "layers/test_layouts.py", "layers/test_compile.py",

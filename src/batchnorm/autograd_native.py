@@ -6,7 +6,7 @@ What they cannot do they leave to others, and have then changed nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ def step(
     settings: Settings,
     group_size: int = 0,
     sink: Callable[[Moments], None] | None = None,
+    apart: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """`functional.step` by the C++ kernels, which check their own arguments; None: not served.
 
-    With a group size, each group of so many samples is normalised by its own statistics.
+    With a group size, each group of so many samples is normalised by its own statistics; with
+    `apart`, the sink gets those.
     """
     if not native.serves(x, weight, bias, residual):
         return None
@@ -42,7 +44,7 @@ def step(
         running, sink = (None, None, None), None
     mean, var, counter = running
     momentum, eps, channel_dim, activation = settings
-    share = 0.0 if momentum is None and mean is None else _share(momentum, counter)
+    share = 0.0 if momentum is None and mean is None else share_of(momentum, counter)
     flags, after = (0, None) if activation is None else _fused(activation)
     if (
         share is None
@@ -73,7 +75,9 @@ def step(
     y, refused = served
     y = y if after is None else after(y)
     if sink is not None:
-        sink(_moments_of(*_of_batch(kept, x.shape[channel_dim])))
+        channels = x.shape[channel_dim]
+        of_sink = _of_groups(kept, channels, group_size) if apart else _of_batch(kept, channels)
+        sink(_moments_of(*of_sink))
     if not updates or mean is None or var is None:
         return y, None
     if later:
@@ -84,6 +88,43 @@ def step(
         return y, None
     of_batch = _moments_of(*_of_batch(kept, len(mean)))
     return y, ~sound(of_batch, mean, var, together=momentum is None)
+
+
+def step_each(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    runnings: Sequence[Any],
+    settings: Settings,
+) -> tuple[Tensor, Tensor | None] | None:
+    """`step` in training of several batches at once, (batches, N, C), each by its own statistics.
+
+    Each has running statistics of its own; without any, none are kept. The settings are those of a
+    batch, without an activation. Also returns which channels refused the first batch that was
+    refused.
+    """
+    momentum = settings[0]
+    if not native.serves(x, weight, bias, None) or not all(_fit(r, x.shape[2]) for r in runnings):
+        return None
+    found: list[Moments] = []
+    served = step(
+        *(x.flatten(0, 1), weight, bias, None, None, (None, None, None), True, settings),
+        *(x.shape[1], found.append),
+        apart=True,
+    )
+    if served is None:
+        return None
+    refusal = None
+    for of_batches in found if runnings else ():  # nothing if this is done again
+        count, rows = float(x.shape[1]), zip(of_batches.mean, of_batches.variance(), strict=True)
+        for (mean, var, counter), batch in zip(runnings, rows, strict=True):
+            share = share_of(momentum, counter)
+            refused = native.update(*batch, count, mean, var, counter, share)
+            if refused and refusal is None:
+                of_batch = _moments_of(*batch, count)
+                refusal = ~sound(of_batch, mean, var, together=momentum is None)
+        torch.autograd.graph.increment_version([b for r in runnings for b in r])
+    return served[0].view_as(x), refusal
 
 
 def moments(
@@ -151,6 +192,26 @@ def _grouped(x: Tensor, size: int) -> int:
     return int(min(size, x.numel())) << native.GROUP_BIT
 
 
+def _fit(running: Running, channels: int) -> bool:
+    """Whether `native.update` may change these: it does not ask, as `native.forward` does."""
+    mean, var, counter = running
+    return (
+        all(
+            vector is not None
+            and native.serves_buffer(vector)
+            and vector.is_cpu
+            and vector.shape == (channels,)
+            and vector.dtype in (torch.float32, torch.float64)
+            and vector.is_contiguous()
+            for vector in (mean, var)
+        )
+        and counter is not None
+        and counter.is_cpu
+        and counter.dtype is torch.int64
+        and counter.numel() == 1
+    )
+
+
 def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:
     """Mean, biased variance and count of the whole batch, which stand behind those of groups."""
     statistics, count = kept
@@ -158,11 +219,19 @@ def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:
     return mean, var, count
 
 
+def _of_groups(kept: list[Any], channels: int, size: int) -> tuple[Tensor, Tensor, float]:
+    """The same of each group, in rows; all have that size."""
+    statistics, _ = kept
+    of_groups = statistics if statistics.shape[1] == channels else statistics[:, :-channels]
+    mean, var = of_groups.unflatten(1, (-1, channels))
+    return mean, var, float(size)
+
+
 def _moments_of(mean: Tensor, var: Tensor, count: float) -> Moments:
     return Moments(mean.new_tensor(count), mean, var * count)
 
 
-def _share(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:
+def share_of(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:
     """The weight of the batch as the operators know it, or None."""
     if type(momentum) is float or type(momentum) is int:
         return float(momentum) if 0 <= momentum <= 1 else math.nan  # which they refuse
@@ -202,14 +271,14 @@ def _differentiable(
             y, refused = _apply(x, weight, bias, residual, (*options, kept, moments))
             return y, refused
         y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
-    except (_NotServedError, NotImplementedError):
+    except (NotServedError, NotImplementedError):
         # The second: one of the tensors is on a device, or of a kind, that has no such kernels.
         return None
     kept += (statistics, count)
     return None if refused == native.NOT_SERVED else (y, refused)
 
 
-class _NotServedError(Exception):
+class NotServedError(Exception):
     """The C++ kernels leave this call to others, and have changed nothing."""
 
 
@@ -243,7 +312,7 @@ class NativeFunction(torch.autograd.Function):
             flags | native.KEEP,
         )
         if refused == native.NOT_SERVED:
-            raise _NotServedError
+            raise NotServedError
         kept += (statistics, count)
         ctx.set_materialize_grads(False)
         ctx.backend = "native"

@@ -37,6 +37,7 @@ def rounds(
     seed: int,
     synchronize: Call = lambda: None,
     loop_s: float = LOOP_S,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Times]:
     """Time every call in every round, back to back, in an order drawn anew for each round.
 
@@ -48,8 +49,11 @@ def rounds(
         seed: of the orders.
         synchronize: waits until a device has done what it was given.
         loop_s: how long to call each in a round.
+        clock: in seconds; `time.perf_counter`, or `time.process_time`, which leaves out what other
+            processes take from a thread.
     """
-    loops = {name: _loops(call, synchronize, loop_s) for name, call in calls.items()}
+    clock = clock or time.perf_counter
+    loops = {name: _loops(call, synchronize, loop_s, clock) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     faults: dict[str, list[float]] = {name: [] for name in calls}
     shuffle = random.Random(seed).shuffle  # noqa: S311 - an order, not a secret
@@ -61,7 +65,7 @@ def rounds(
             shuffle(order)
             for name in order:
                 before = _page_faults()
-                seconds[name].append(_time(calls[name], loops[name], synchronize))
+                seconds[name].append(_time(calls[name], loops[name], synchronize, clock))
                 faults[name].append((_page_faults() - before) / loops[name])
     finally:
         if collects:
@@ -69,20 +73,20 @@ def rounds(
     return {name: Times(tuple(seconds[name]), tuple(faults[name])) for name in calls}
 
 
-def _time(call: Call, loops: int, synchronize: Call) -> float:
+def _time(call: Call, loops: int, synchronize: Call, clock: Callable[[], float]) -> float:
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(loops):
         call()
     synchronize()
-    return (time.perf_counter() - start) / loops
+    return (clock() - start) / loops
 
 
-def _loops(call: Call, synchronize: Call, loop_s: float) -> int:
+def _loops(call: Call, synchronize: Call, loop_s: float, clock: Callable[[], float]) -> int:
     """How many calls fill the time; and a first one or two to warm up."""
-    once = _time(call, 1, synchronize)
+    once = _time(call, 1, synchronize, clock)
     if once < loop_s:
-        once = min(_time(call, 3, synchronize) for _ in range(2))
+        once = min(_time(call, 3, synchronize, clock) for _ in range(2))
     return max(1, math.ceil(loop_s / once))
 
 

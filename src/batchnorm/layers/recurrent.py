@@ -13,12 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.layers.lstm_step import step_of
+from batchnorm.layers.steps import add_steps, along, steps_by_batch
 
 #: What can be normalised.
 PARTS = ("input", "hidden", "cell")
-
-#: Fewest sequences that make statistics of a step in training.
-FEWEST = 2
 
 State = tuple[Tensor, Tensor]
 
@@ -127,8 +126,7 @@ class BatchNormLSTM(nn.RNNBase):
                 channels = hidden_size * (1 if part == "cell" else 4)
                 shifts = bias and (part == "cell" or part == gates[0])  # one β for both sums
                 norm = BatchNorm(channels, eps, momentum, device=device, dtype=dtype, bias=shifts)
-                for step in range(self.max_length - 1):
-                    norm.add_bank(_BANK.format(step))
+                add_steps(norm, self.max_length)
                 norms[part] = norm
             self.norms.append(norms)
         self.reset_parameters()
@@ -267,49 +265,28 @@ class BatchNormLSTM(nn.RNNBase):
         self, cell: _Cell, data: Tensor, sizes: list[int], state: State
     ) -> tuple[Tensor, State]:
         """One layer in one direction: the recurrence."""
+        if any(norm.training for norm in cell.norms.values()):
+            self._reached = max(self._reached, steps_by_batch(sizes))
+        norms = {
+            part: along(norm, sizes, self._reached, self.max_length)
+            for part, norm in cell.norms.items()
+        }
         h, c = state
         outputs, ended = [], []
-        inputs = functional.linear(data, cell.weight_ih, cell.bias).split(sizes)
-        for step, (part, number) in enumerate(zip(inputs, sizes, strict=True)):
+        inputs = functional.linear(data, cell.weight_ih, cell.bias)
+        parts = norms["input"].each(inputs) if "input" in norms else inputs.split(sizes)
+        take = step_of(norms.get("hidden"), norms.get("cell"), inputs, c)
+        for step, (given, number) in enumerate(zip(parts, sizes, strict=True)):
             if number < len(h):
                 ended.append((h[number:], c[number:]))
                 h, c = h[:number], c[:number]
-            given = self._normalized(cell.input, part, step)
-            gates = functional.linear(h, cell.weight_hh)
-            if cell.hidden is None:
-                gates = gates + given
-            else:
-                gates = self._normalized(cell.hidden, gates, step, given)
-            i, f, g, o = gates.chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * self._normalized(cell.cell, c, step).tanh()
+            h, c = take(step, functional.linear(h, cell.weight_hh), given, c)
             if cell.weight_hr is not None:
                 h = functional.linear(h, cell.weight_hr)
             outputs.append(h)
         ended.append((h, c))
         h, c = (torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
         return torch.cat(outputs), (h, c)
-
-    def _normalized(
-        self, norm: BatchNorm | None, x: Tensor, step: int, residual: Tensor | None = None
-    ) -> Tensor:
-        if norm is None:
-            return x
-        training = norm.training
-        by_batch = training and (len(x) >= FEWEST or step == 0)  # of one at first, it will complain
-        if by_batch and step >= self._reached:
-            self._reached = step + 1
-        # What no batch has reached has the statistics of the last step that one has.
-        place = step if by_batch or not self._reached else min(step, self._reached - 1)
-        # Not by nn.Module's way of setting attributes, which takes as long as all else here.
-        own = norm.__dict__
-        own["training"] = by_batch
-        own["_bank"] = _BANK.format(place) if place < self.max_length - 1 else None
-        try:
-            y: Tensor = norm(x, None, residual)
-        finally:
-            own["training"], own["_bank"] = training, None
-        return y
 
     def _width(self) -> int:
         return self.proj_size or self.hidden_size
@@ -357,9 +334,7 @@ class _Cell(NamedTuple):
     weight_hh: Tensor
     bias: Tensor | None
     weight_hr: Tensor | None
-    input: BatchNorm | None
-    hidden: BatchNorm | None
-    cell: BatchNorm | None
+    norms: dict[str, BatchNorm]
 
     @classmethod
     def of(cls, lstm: BatchNormLSTM, index: int) -> _Cell:
@@ -369,18 +344,15 @@ class _Cell(NamedTuple):
         def tensor(name: str) -> Any:
             return getattr(lstm, name + suffix, None)
 
-        norms: Any = lstm.norms[index]._modules if lstm.normalize else {}
+        norms: Any = lstm.norms[index]
         bias = tensor("bias_ih")
         return cls(
             tensor("weight_ih"),
             tensor("weight_hh"),
             None if bias is None else bias + tensor("bias_hh"),
             tensor("weight_hr"),
-            *(norms.get(part) for part in PARTS),
+            dict(norms.items()),
         )
-
-
-_BANK = "step{}"
 
 
 def _is_counter(key: str, start: str) -> bool:
