@@ -55,7 +55,7 @@ def test_version_and_list():
 
 
 WRONG = {
-    ("lab", "run", "nope"): "Expected one of: convergence",
+    ("lab", "run", "nope"): "Expected one of: affine-only, convergence, ",
     ("lab", "run", "convergance"): "Did you mean 'convergence'?",
     ("lab", "run", "--profile", "nope"): "Expected one of: quick, full",
     ("lab", "run", "--data", "nope.npz"): "there is no such file",

@@ -65,7 +65,7 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
         ]
         found = overview(order)
         assert found.counts == "5 claims: 1 reproduced, 2 contradicted, 2 unresolved."
-        assert [(claim, q.outcome, f.outcome) for claim, q, f in found.both] == [
+        assert [(claim, q.outcome, f.outcome) for _, claim, q, f in found.both] == [
             ("a helps.", "reproduced", "unresolved"),
             ("More.", "reproduced", "reproduced"),
             ("Turned.", "reproduced", "contradicted"),
@@ -82,13 +82,14 @@ def test_markdown_says_the_same():
     text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
     assert "1 claim: 1 reproduced." in text
     assert (
-        "| **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of" in text
+        "| a\\|b | **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of"
+        in text
     )
     assert "## What did not" not in text
-    assert text.endswith("\n\n| claim | quick | full |\n| --- | --- | --- |\n"
-                         "| a\\|b helps. | unresolved | **reproduced** |\n")  # fmt: skip
+    assert text.endswith("\n\n| experiment | claim | quick | full |\n| --- | --- | --- | --- |\n"
+                         "| a\\|b | a\\|b helps. | unresolved | **reproduced** |\n")  # fmt: skip
     text = markdown(overview([section("a", WORSE)]))
-    assert "\n- **a helps.** Contradicted. 0 of 3 paired seeds went the claim's way" in text
+    assert "\n- a: **a helps.** Contradicted. 0 of 3 paired seeds went the claim's way" in text
     assert "## Quick" not in text
 
 

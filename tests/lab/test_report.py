@@ -164,7 +164,7 @@ def test_a_directory_without_results_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "nope"}, "Expected one of: convergence"),
+        ({"name": "nope"}, "Expected one of: affine-only, convergence, "),
         ({"name": "Convergance"}, "Did you mean 'convergence'"),
         ({"profile": "nope"}, "Expected one of: quick, full"),
         ({"seeds": 0}, "seeds must be at least 1"),

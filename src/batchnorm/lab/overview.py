@@ -17,6 +17,7 @@ class Row:
     """One claim and what became of it; the first of an experiment's is its own."""
 
     anchor: str
+    experiment: str
     source: str
     claim: str
     verdict: Verdict
@@ -38,10 +39,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Overview:
-    """`both` has (claim, quick verdict, full verdict) where an experiment was run in both."""
+    """All claims; `both`: experiment, claim, verdicts of quick and full, where it was run in both."""
 
     rows: tuple[Row, ...]
-    both: tuple[tuple[str, Verdict, Verdict], ...]
+    both: tuple[tuple[str, str, Verdict, Verdict], ...]
 
     @property
     def counts(self) -> str:
@@ -66,10 +67,10 @@ class Overview:
     @property
     def agreement(self) -> str:
         """How many claims came out the same in both profiles."""
-        same = sum(quick.outcome == full.outcome for _, quick, full in self.both)
+        same = sum(quick.outcome == full.outcome for *_, quick, full in self.both)
         turned = sum(
             {quick.outcome, full.outcome} == {REPRODUCED, CONTRADICTED}
-            for _, quick, full in self.both
+            for *_, quick, full in self.both
         )
         return (
             f"{same} of {counted(len(self.both), 'claim')} came out the same in both; "
@@ -93,6 +94,7 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
     rows = [
         Row(
             anchor=section["anchor"],
+            experiment=section["experiment"]["name"],
             source=section["experiment"]["source"],
             claim=claim,
             verdict=verdict,
@@ -109,7 +111,7 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
             if other["profile"] == QUICK and _subject(other) == _subject(section):
                 quick = _claims(other)
                 both += [
-                    (claim, quick[claim], verdict)
+                    (section["experiment"]["name"], claim, quick[claim], verdict)
                     for claim, verdict in _claims(section).items()
                     if claim in quick
                 ]
@@ -143,9 +145,10 @@ def markdown(found: Overview) -> str:
         f"would still call about {found.by_chance} of these claims reproduced.",
         "",
         *_table(
-            ("claim", "outcome", "numbers"),
+            ("experiment", "claim", "outcome", "numbers"),
             [
                 (
+                    row.experiment if row.main else "",
                     f"**{row.claim}** {row.source}" if row.main else row.claim,
                     f"**{row.verdict.outcome}**" if row.main else row.verdict.outcome,
                     row.numbers,
@@ -157,17 +160,18 @@ def markdown(found: Overview) -> str:
     if found.failed:
         lines += ["", "## What did not reproduce", ""]
         lines += [
-            f"- **{row.claim}** {row.verdict.outcome.capitalize()}. {row.verdict.sentence}"
+            f"- {row.experiment}: **{row.claim}** {row.verdict.outcome.capitalize()}. "
+            f"{row.verdict.sentence}"
             for row in found.failed
         ]
     if found.both:
         lines += ["", "## Quick and full", "", found.agreement, ""]
         lines += _table(
-            ("claim", "quick", "full"),
+            ("experiment", "claim", "quick", "full"),
             [
-                (claim, quick.outcome, f"**{full.outcome}**" if quick.outcome != full.outcome
+                (name, claim, quick.outcome, f"**{full.outcome}**" if quick.outcome != full.outcome
                  else "the same")
-                for claim, quick, full in found.both
+                for name, claim, quick, full in found.both
             ],
         )  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from batchnorm.lab.experiments import Picture
 from batchnorm.lab.overview import Overview, markdown, overview, strongest
 from batchnorm.lab.runner import RUN_S
 from batchnorm.lab.store import write_atomically
-from batchnorm.lab.verdict import Verdict
+from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
 from batchnorm.lab.words import duration
 
 FILE = "report.html"
@@ -23,6 +23,9 @@ CLAIMS = "claims.md"
 TEMPLATE = "report.template.html"
 
 TITLE = "The claims made for batch normalization, tested at home"
+
+# Beside the word, for the eye that looks for them.
+MARKS = {REPRODUCED: "✓", CONTRADICTED: "✗", UNRESOLVED: "?"}
 
 # 5.2 inches then are 936 pixels: sharp on a dense screen, and small enough to be kept in git.
 PNG_DPI = 180
@@ -67,7 +70,9 @@ def _write(
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE)
-    html = page.render(title=title, sections=sections, overview=above, looks=figures.LOOKS)
+    html = page.render(
+        title=title, sections=sections, overview=above, looks=figures.LOOKS, marks=MARKS
+    )
     path = directory / FILE
     write_atomically(path, html)
     return path
