@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Overview:
-    """All claims; `both`: experiment, claim, verdicts of quick and full, where it was run in both."""
+    """All claims; `both`: experiment, claim, verdicts of quick and full, where there are both."""
 
     rows: tuple[Row, ...]
     both: tuple[tuple[str, str, Verdict, Verdict], ...]
