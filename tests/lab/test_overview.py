@@ -17,14 +17,14 @@ def verdict(differences):
     return judge(differences, [0.0] * len(differences), unit="steps")
 
 
-def section(name, differences, *, profile="quick", data="digits", also=()):
+def section(name, differences, *, profile="quick", data="digits", also=(), ours=()):
     return {
         "anchor": f"{name}-{profile}-{data}",
         "experiment": {"name": name, "claim": f"{name} helps.", "source": f"{name} 2015"},
         "profile": profile,
         "data": {"fingerprint": data},
         "verdict": verdict(differences),
-        "also": [{"claim": claim, "verdict": verdict(d)} for claim, d in also],
+        "also": [{"claim": c, "verdict": verdict(d), "ours": c in ours} for c, d in also],
     }
 
 
@@ -36,7 +36,7 @@ def test_every_claim_is_counted_once_and_failures_are_listed():
             section("b", BETTER, data="wine"),
         ]
     )
-    assert found.counts == "5 claims: 2 reproduced, 2 contradicted, 1 unresolved."
+    assert found.counts == "5 claims of the sources: 2 reproduced, 2 contradicted, 1 unresolved."
     claims = ["a helps.", "More.", "Less.", "b helps.", "b helps."]
     assert [row.claim for row in found.rows] == claims
     assert [row.main for row in found.rows] == [True, False, False, True, True]
@@ -47,9 +47,36 @@ def test_every_claim_is_counted_once_and_failures_are_listed():
     ]
     assert found.both == ()
     # 3 seeds: all must agree, 1/8 by chance, and the mean must be 2 standard errors away.
-    assert float(found.by_chance) == pytest.approx(5 * found.rows[0].verdict.false_rate, abs=0.05)
-    assert found.rows[0].numbers == "+4 (+1.52 to +6.48) steps; 3 of 3 seeds"
-    assert overview([section("a", [2.0])]).rows[0].numbers == "+2 steps; 1 of 1 seed"
+    rate = 5 * found.rows[0].verdict.false_rate
+    assert f"still call about {rate:.1f} of them reproduced, and as many" in found.by_chance
+    assert found.weakness == ""
+
+
+def test_questions_of_ours_are_counted_apart_and_do_not_fail():
+    found = overview([section("a", BETTER, also=[("Ours.", WORSE), ("Theirs.", SAME)],
+                              ours=["Ours."])])  # fmt: skip
+    assert found.counts == (
+        "2 claims of the sources: 1 reproduced, 1 unresolved. "
+        "1 question of our own: 1 contradicted."
+    )
+    assert [row.claim for row in found.failed] == ["Theirs."]
+    assert "| Ours. *(ours)* | contradicted |" in markdown(found)
+
+
+def test_a_decided_outcome_whose_interval_includes_zero_is_marked():
+    # Mean 2, standard error 0.577: more than 2 of them, and less than Student's 4.3.
+    found = overview([section("a", [1.0, 2.0, 3.0], also=[("Sure.", BETTER), ("Open.", SAME)])])
+    assert [row.weak for row in found.rows] == [True, False, False]
+    assert found.weakness.startswith("1 decided outcome has an interval that includes zero")
+    assert "| **reproduced** (weak) | +2 (-0.484 to +4.48) steps; 3 of 3 seeds |" in markdown(found)
+
+
+def test_no_interval_where_there_is_no_chance_or_only_a_bound():
+    same = overview([section("a", [2.0, 2.0, 2.0])])
+    assert same.rows[0].numbers == "+2 steps; 3 of 3 seeds"
+    assert "about 0.0 of them" in same.by_chance
+    never = {**section("a", BETTER), "verdict": judge([None] * 3, [1, 2, 3], unit="s", horizon=9)}
+    assert overview([never]).rows[0].numbers == "+7 s; 3 of 3 seeds"
 
 
 def test_full_goes_before_quick_and_many_seeds_before_few():
@@ -64,7 +91,9 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
             "a-quick-wine",
         ]
         found = overview(order)
-        assert found.counts == "5 claims: 1 reproduced, 2 contradicted, 2 unresolved."
+        assert (
+            found.counts == "5 claims of the sources: 1 reproduced, 2 contradicted, 2 unresolved."
+        )
         assert [(claim, q.outcome, f.outcome) for _, claim, q, f in found.both] == [
             ("a helps.", "reproduced", "unresolved"),
             ("More.", "reproduced", "reproduced"),
@@ -72,7 +101,7 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
         ]
         assert found.agreement == (
             "1 of 3 claims came out the same in both; 1 turned from reproduced to contradicted, or "
-            "back."
+            "back. 2 more are judged in one of the two only."
         )
     few, many = section("a", BETTER[:2]), section("a", BETTER)
     assert strongest([few, many]) == strongest([many, few]) == [many]
@@ -80,7 +109,7 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
 
 def test_markdown_says_the_same():
     text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
-    assert "1 claim: 1 reproduced." in text
+    assert "1 claim of the sources: 1 reproduced." in text
     assert (
         "| a\\|b | **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of"
         in text

@@ -145,9 +145,9 @@ def test_report_shows_the_verdict_that_results_hold(copy):
     [
         ("{", "does not read as such"),
         ("[]", "does not read as such"),
-        ('{"schema": 1}', "does not read as such"),
-        ('{"schema": 99, "environment": {"batchnorm": "9.0"}}', "expected schema 1; got 99"),
-        ('{"schema": 1, "experiment": {"name": "gone"}}', "no experiment called 'gone'"),
+        ('{"schema": 2}', "does not read as such"),
+        ('{"schema": 99, "environment": {"batchnorm": "9.0"}}', "expected schema 2; got 99"),
+        ('{"schema": 2, "experiment": {"name": "gone"}}', "no experiment called 'gone'"),
     ],
 )
 def test_results_that_cannot_be_read(tmp_path, text, message):

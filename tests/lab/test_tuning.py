@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from batchnorm.lab import tuning
+from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
 from batchnorm.lab.tuning import EVALUATION, FIRST_TUNING_SEED, SWEEP, ArmTrial
 
@@ -117,3 +119,21 @@ def test_table_has_mean_and_range_of_each_arm_in_the_order_of_the_runs():
         ("b", "1", "50.0% (50.0%–50.0%)"),
         ("a", "10", "17.5% (10.0%–25.0%)"),
     )
+
+
+def test_the_sweep_sees_nothing_of_the_test_rows():
+    data = load("digits")
+    trial = ArmTrial(stage=EVALUATION, seed=0, arm="a", rate=1.0)
+    assert tuning.data_for(trial, data) is data
+    seen = tuning.data_for(dataclasses.replace(trial, stage=SWEEP), data)
+    again = tuning.data_for(dataclasses.replace(trial, stage=SWEEP, seed=7), data)
+    assert np.array_equal(seen.x_test, again.x_test)  # arms and seeds are judged by the same rows
+    rows = len(data.x_train)
+    assert len(seen.x_test) == len(seen.y_test) == round(rows / 5)
+    assert len(seen.x_train) == len(seen.y_train) == rows - round(rows / 5)
+
+    def keys(x, y):
+        return sorted((row.tobytes(), int(label)) for row, label in zip(x, y, strict=True))
+
+    both = keys(seen.x_train, seen.y_train) + keys(seen.x_test, seen.y_test)
+    assert sorted(both) == keys(data.x_train, data.y_train)

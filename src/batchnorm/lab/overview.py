@@ -14,7 +14,10 @@ QUICK, FULL = "quick", "full"
 
 @dataclass(frozen=True)
 class Row:
-    """One claim and what became of it; the first of an experiment's is its own."""
+    """One claim and what became of it; the first of an experiment's is its own.
+
+    `ours` marks what the source does not claim.
+    """
 
     anchor: str
     experiment: str
@@ -22,6 +25,7 @@ class Row:
     claim: str
     verdict: Verdict
     main: bool
+    ours: bool
 
     @property
     def numbers(self) -> str:
@@ -31,38 +35,63 @@ class Row:
         """
         verdict = self.verdict
         agree = f"{verdict.right} of {counted(verdict.pairs, 'seed')}"
-        if verdict.interval is None:
+        # Where all seeds gave the same, or an arm never got there, an interval would mislead.
+        if verdict.interval is None or not verdict.standard_error or verdict.bound:
             return f"{verdict.mean:+.3g} {verdict.unit}; {agree}"
         low, high = verdict.interval
         return f"{verdict.mean:+.3g} ({low:+.3g} to {high:+.3g}) {verdict.unit}; {agree}"
 
+    @property
+    def weak(self) -> bool:
+        """Whether the outcome is decided, and the interval includes zero all the same."""
+        interval, decided = self.verdict.interval, self.verdict.outcome != UNRESOLVED
+        return decided and interval is not None and interval[0] <= 0 <= interval[1]
+
 
 @dataclass(frozen=True)
 class Overview:
-    """All claims; `both`: experiment, claim, verdicts of quick and full, where there are both."""
+    """All claims; `both`: experiment, claim, verdicts of quick and full, where there are both.
+
+    `alone` claims of those experiments are judged in one of the two only.
+    """
 
     rows: tuple[Row, ...]
     both: tuple[tuple[str, str, Verdict, Verdict], ...]
+    alone: int
 
     @property
     def counts(self) -> str:
-        """How many claims there are, and how they came out."""
-        number = {
-            outcome: sum(row.verdict.outcome == outcome for row in self.rows)
-            for outcome in (REPRODUCED, CONTRADICTED, UNRESOLVED)
-        }
-        said = ", ".join(f"{n} {outcome}" for outcome, n in number.items() if n)
-        return f"{counted(len(self.rows), 'claim')}: {said}."
+        """How many claims there are, and how they came out; beside them, questions of our own."""
+        said = [_outcomes("claim of the sources", [r for r in self.rows if not r.ours])]
+        if ours := [row for row in self.rows if row.ours]:
+            said.append(_outcomes("question of our own", ours))
+        return " ".join(said)
 
     @property
     def by_chance(self) -> str:
-        """How many claims the rule would call reproduced if there were no effects at all."""
-        return f"{sum(row.verdict.false_rate for row in self.rows):.1f}"
+        """What the rule would decide if there were no effects at all."""
+        wrong = sum(r.verdict.false_rate for r in self.rows if r.verdict.standard_error)
+        return (
+            f"If no effect were real, the rule would still call about {wrong:.1f} of them "
+            "reproduced, and as many contradicted."
+        )
+
+    @property
+    def weakness(self) -> str:
+        """How many decided outcomes have an interval that includes zero; empty if none has."""
+        weak = sum(row.weak for row in self.rows)
+        if not weak:
+            return ""
+        return (
+            f"{weak} decided {'outcome has an' if weak == 1 else 'outcomes have each an'} interval "
+            "that includes zero, marked (weak): with few seeds it is wider than the rule's two "
+            "standard errors. Believe them only once they are decided with 8 seeds."
+        )
 
     @property
     def failed(self) -> tuple[Row, ...]:
-        """What was not reproduced."""
-        return tuple(row for row in self.rows if row.verdict.outcome != REPRODUCED)
+        """The sources' claims that were not reproduced."""
+        return tuple(r for r in self.rows if r.verdict.outcome != REPRODUCED and not r.ours)
 
     @property
     def agreement(self) -> str:
@@ -74,7 +103,9 @@ class Overview:
         )
         return (
             f"{same} of {counted(len(self.both), 'claim')} came out the same in both; "
-            f"{turned or 'none'} turned from reproduced to contradicted, or back."
+            f"{turned or 'none'} turned from reproduced to contradicted, or back. "
+            f"{self.alone or 'No'} more {'is' if self.alone == 1 else 'are'} judged in one of the "
+            "two only."
         )
 
 
@@ -99,29 +130,44 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
             claim=claim,
             verdict=verdict,
             main=not place,
+            ours=ours,
         )
         for section in shown
-        for place, (claim, verdict) in enumerate(_claims(section).items())
+        for place, (claim, (verdict, ours)) in enumerate(_claims(section).items())
     ]
     both = []
+    alone = 0
     for section in shown:
         if section["profile"] != FULL:
             continue
         for other in sections:
             if other["profile"] == QUICK and _subject(other) == _subject(section):
                 quick = _claims(other)
+                full = _claims(section)
                 both += [
-                    (section["experiment"]["name"], claim, quick[claim], verdict)
-                    for claim, verdict in _claims(section).items()
+                    (section["experiment"]["name"], claim, quick[claim][0], verdict)
+                    for claim, (verdict, _) in full.items()
                     if claim in quick
                 ]
+                alone += len(quick.keys() ^ full.keys())
                 break
-    return Overview(tuple(rows), tuple(both))
+    return Overview(tuple(rows), tuple(both), alone)
 
 
-def _claims(section: dict[str, Any]) -> dict[str, Verdict]:
-    own = {section["experiment"]["claim"]: section["verdict"]}
-    return own | {other["claim"]: other["verdict"] for other in section["also"]}
+def _claims(section: dict[str, Any]) -> dict[str, tuple[Verdict, bool]]:
+    """By claim its verdict, and whether it is ours."""
+    own = {section["experiment"]["claim"]: (section["verdict"], False)}
+    return own | {o["claim"]: (o["verdict"], o["ours"]) for o in section["also"]}
+
+
+def _outcomes(noun: str, rows: Sequence[Row]) -> str:
+    number = {
+        outcome: sum(row.verdict.outcome == outcome for row in rows)
+        for outcome in (REPRODUCED, CONTRADICTED, UNRESOLVED)
+    }
+    said = ", ".join(f"{n} {outcome}" for outcome, n in number.items() if n)
+    head, _, tail = noun.partition(" ")
+    return f"{counted(len(rows), head)} {tail}: {said}."
 
 
 def _subject(section: dict[str, Any]) -> tuple[str, str]:
@@ -141,16 +187,19 @@ def markdown(found: Overview) -> str:
         "recipes and the figures are in the `report.html` that the same command makes.",
         "",
         "The numbers: mean paired difference, positive where it went the claim's way, its 95% "
-        "confidence interval, and how many seeds went that way. If no effect were real, the rule "
-        f"would still call about {found.by_chance} of these claims reproduced.",
+        f"confidence interval, and how many seeds went that way. {found.by_chance} "
+        f"{found.weakness}".rstrip(),
         "",
         *_table(
             ("experiment", "claim", "outcome", "numbers"),
             [
                 (
                     row.experiment if row.main else "",
-                    f"**{row.claim}** {row.source}" if row.main else row.claim,
-                    f"**{row.verdict.outcome}**" if row.main else row.verdict.outcome,
+                    f"**{row.claim}** {row.source}"
+                    if row.main
+                    else f"{row.claim}{' *(ours)*' if row.ours else ''}",
+                    (f"**{row.verdict.outcome}**" if row.main else row.verdict.outcome)
+                    + (" (weak)" if row.weak else ""),
                     row.numbers,
                 )
                 for row in found.rows

@@ -82,7 +82,7 @@ def _section(found: results.Results, folder: Path, anchor: str = "") -> dict[str
     """All that the page says of one experiment; its figures are written, too."""
     content = found.content
     findings = content["findings"]
-    also = [{**other, "verdict": _verdict(other["verdict"])} for other in findings.get("also", ())]
+    also = [{**other, "verdict": _verdict(other["verdict"])} for other in findings["also"]]
     anchor = anchor or found.experiment.name
     folder.mkdir(exist_ok=True)
     with figures.style():

@@ -19,7 +19,7 @@ from batchnorm.lab.experiments import Experiment, Findings, Run, Settings, find
 from batchnorm.lab.store import strict, write_atomically
 
 FILE = "results.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

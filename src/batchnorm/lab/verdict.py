@@ -83,6 +83,11 @@ class Verdict:
         reach = float(stats.t.ppf(0.975, self.pairs - 1)) * self.standard_error
         return self.mean - reach, self.mean + reach
 
+    @property
+    def bound(self) -> bool:
+        """Whether an arm never got there, so that the mean difference is no more than a bound."""
+        return self.pairs in (self.censored_control, self.censored_treated) and self.pairs > 0
+
     def would_change(self) -> tuple[str, ...]:
         """Say what results, with these seeds, would have made the outcome another one."""
         if self.standard_error is None or self.interval is None:

@@ -77,10 +77,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Judged:
-    """One more claim that the same runs decide."""
+    """One more claim that the same runs decide.
+
+    `ours` marks what the source does not claim: a control, or a question that readers will have.
+    """
 
     claim: str
     verdict: Verdict
+    ours: bool = False
 
 
 @dataclass(frozen=True)

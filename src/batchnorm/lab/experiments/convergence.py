@@ -112,8 +112,7 @@ def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
     all units together, and of unit 0 alone, as in the paper), and the norm of the loss's gradient
     by each layer's weights. The clock of a step stands still meanwhile.
     """
-    x, y = torch.tensor(data.x_train).flatten(1), torch.tensor(data.y_train)
-    x_test, y_test = torch.tensor(data.x_test).flatten(1), torch.tensor(data.y_test)
+    x, y, x_test, y_test = training.tensors(tuning.data_for(trial, data))
     net = build(trial, x.shape[1], data.classes)
     body, head = net[:-2], net[-2:]  # cut at the last sigmoid's input
     parameters = list(net.parameters())
@@ -253,7 +252,7 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
             f"Scale of the initial weights: {', '.join(settings.inits)}. Learning rates: "
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}. The {tuned} is tuned for each "
             f"network by itself, {counted(settings.tuning_seeds, 'seed')} for each; fewest mean "
-            "steps win, and between equals the better mean final accuracy.",
+            f"steps win, and between equals the better mean final accuracy. {tuning.HOW}",
             f"The verdict comes from {counted(settings.seeds, 'other seed')}. What counts is the "
             f"first step with a test accuracy of {level} or more, looked at every "
             f"{settings.every} steps in eval mode, with running statistics. A run that never gets "
@@ -265,8 +264,6 @@ def analyse(settings: ConvergenceSettings, runs: Runs) -> Findings:
             "found with an Inception network on ImageNet; this run neither confirms nor denies it.",
             "That the plain network could not be helped in another way: a different activation, "
             "optimiser or schedule.",
-            "Accuracy on unseen data: the learning rates were tuned on the same test rows, though "
-            "with other seeds.",
             "Why there is a difference. The percentiles and gradients go along with it; nothing "
             "here shows that they cause it.",
         ),
@@ -400,7 +397,7 @@ EXPERIMENT = Experiment(
     name="convergence",
     claim="Batch normalization lets a network learn in fewer steps.",
     source="Ioffe & Szegedy 2015, figure 1 (arXiv:1502.03167)",
-    recipe=1,
+    recipe=2,
     trial=ConvergenceTrial,
     profiles=PROFILES,
     plan=plan,
