@@ -4,18 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo picture test quick lint format mutants sanitize bench clean
+.PHONY: demo evidence test quick lint format mutants sanitize bench clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
 
-# The README's picture and what is behind it, from the demo's own results (without the curves).
-picture: demo
-	mkdir -p docs/images
-	cp $(OUT)/figures/accuracy.svg docs/images/accuracy.svg
-	$(BIN)/python -c "import json, sys; results = json.load(sys.stdin); del results['runs']; \
-	  print(json.dumps(results, indent=2, ensure_ascii=False))" \
-	  < $(OUT)/results.json > docs/images/accuracy.json
+# Every experiment, quick and full, with the pages made from them and the README's picture. Goes on
+# where it was stopped; hours on a small machine.
+evidence: $(VENV)/lab.stamp
+	$(BIN)/batchnorm lab run --all --out docs/evidence
+	$(BIN)/batchnorm lab run --all --profile full --out docs/evidence
+	$(BIN)/batchnorm lab report docs/evidence
+	$(BIN)/python benchmarks/lab_minutes.py docs/evidence
+	cp docs/evidence/convergence/figures/accuracy.svg docs/images/accuracy.svg
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +141,15 @@ def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
         curves["step"].append(step)
         curves["accuracy"].append(correct / len(y_test))
         if trial.stage == EVALUATION:
-            curves["all_units"].append(np.percentile(inputs, PERCENTILES).tolist())
-            curves["unit_0"].append(np.percentile(inputs[:, 0], PERCENTILES).tolist())
-            curves["gradient_norm"].append([gradients[i].norm().item() for i in matrices])
-    timing = {"step_ms": 1000 * statistics.median(clock), "steps_s": sum(clock)}
-    return Run(trial, curves, timing)
+            curves["all_units"].append(_short(np.percentile(inputs, PERCENTILES)))
+            curves["unit_0"].append(_short(np.percentile(inputs[:, 0], PERCENTILES)))
+            curves["gradient_norm"].append(_short(gradients[i].norm() for i in matrices))
+    return Run(trial, curves, {"step_ms": 1000 * statistics.median(clock)})
+
+
+def _short(values: Iterable[Any]) -> list[float]:
+    """Round to 6 digits what is drawn and not judged: all of 17 are most of the results' size."""
+    return [float(f"{float(value):.6g}") for value in values]
 
 
 def steps_to(threshold: float, run: Run[ConvergenceTrial]) -> int | None:
