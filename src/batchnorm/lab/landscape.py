@@ -54,6 +54,27 @@ class Noise(nn.Module):
         return x * scales + shifts
 
 
+# What is done and measured here, for recipes.
+NOISE = (
+    f"each step, each unit is given a new shift within ±{Noise.SHIFT:g} and a new scale in "
+    f"1…{Noise.LARGEST_SCALE:g}, and each activation a shift within ±{Noise.OWN_SHIFT:g} and a "
+    f"scale with deviation {Noise.OWN_SCALE:g} of its own."
+)
+DISTANCE = (
+    "For a unit, the 2-Wasserstein distance between the distributions of its values: changes of "
+    "mean, deviation and shape count; over a layer, √(Σ distance² ÷ Σ variance), in which the "
+    "layer's scale cancels."
+)
+GRADIENT_SHIFT = (
+    "G is the gradient by a layer's weights, G′ the one on the same batch with the same noise "
+    "after all earlier layers, γ and β included, and no other, have made their step."
+)
+OFF_LINE = (
+    "|L(θ − tG) − (L − t‖G‖²)| ÷ t‖G‖². (The source takes the loss's range. That includes the "
+    "descent itself, and is large where a large gradient leads straight down.)"
+)
+
+
 def set_step(net: nn.Module, step: int) -> None:
     """Have every noise of a network draw for this step."""
     for module in net.modules():
