@@ -70,8 +70,8 @@ GRADIENT_SHIFT = (
     "after all earlier layers, γ and β included, and no other, have made their step."
 )
 OFF_LINE = (
-    "|L(θ − tG) − (L − t‖G‖²)| ÷ t‖G‖². (The source takes the loss's range. That includes the "
-    "descent itself, and is large where a large gradient leads straight down.)"
+    "|L(θ − tG) − (L − t‖G‖²)| ÷ t‖G‖². The source takes the loss's range; that includes the "
+    "descent itself, and is large where a large gradient leads straight down."
 )
 
 

@@ -311,14 +311,12 @@ def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
             "so a network that bears a larger rate is charged for using it. Of 2018's there is "
             "no verdict at the networks' own rates: at large ones ‖G − G′‖ ÷ ‖G‖ is near one for "
             "both, and which is the larger hangs on the rates that were tried.",
-            "Which network has the lower loss in the end: the mean over all steps says which one "
-            "learns sooner.",
             "That a multiple of the gradient is as far a way in one network as in the other: a "
             "normalized layer does not care for the scale of its weights, which sets the size of "
             "the gradient. All that is measured along the gradient hangs on that scale, and at one "
             "rate for both so do the shifts.",
-            "Convolutional or deeper networks, other optimisers, or unseen data: only the training "
-            "loss was looked at.",
+            "Which network ends lower: the mean loss over all steps says which one learns sooner. "
+            "Nor anything of unseen data, other optimisers, or convolutional or deeper networks.",
         ),
         also=(
             *(Judged(claim, found) for claim, found in also.items()),
