@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import batch_norm, cross_entropy
 
+from batchnorm import BatchNorm
 from batchnorm.lab.training import generator
 
 #: Of the seeds of a network's noises, far from those of weights and batches.
@@ -24,15 +25,18 @@ Values = Sequence[npt.NDArray[np.float32]]
 class Noise(nn.Module):
     """Scales and shifts every activation at random, around a scale and a shift of the unit's own.
 
-    Those of the units are redrawn each step: shifts uniform in ±0.5, scales uniform in 1…1.25; the
-    activations' own lie around them, uniform in ±0.1 and normal with deviation 0.1. So each unit's
-    distribution jumps from step to step, in a normalized layer by up to one standard deviation,
-    and within a step every forward pass gets the same noise.
+    Those of the units are redrawn each step: shifts uniform in ±`SHIFT`, scales uniform from 1 to
+    `LARGEST_SCALE`; the activations' own lie around them, shifts uniform in ±`OWN_SHIFT` and scales
+    normal with deviation `OWN_SCALE`. So each unit's distribution jumps from step to step, and
+    within a step every forward pass gets the same noise.
 
     Args:
         seed: of the network.
         number: of the layer.
     """
+
+    SHIFT, LARGEST_SCALE = 0.5, 1.25
+    OWN_SHIFT = OWN_SCALE = 0.1
 
     def __init__(self, seed: int, number: int) -> None:
         super().__init__()
@@ -43,11 +47,32 @@ class Noise(nn.Module):
         """Apply this step's noise."""
         draw = generator(self.seed + self.step)
         units = x.shape[1]
-        shift = torch.rand(units, generator=draw) - 0.5
-        scale = 1 + 0.25 * torch.rand(units, generator=draw)
-        shifts = shift + 0.2 * (torch.rand(x.shape, generator=draw) - 0.5)
-        scales = scale + 0.1 * torch.randn(x.shape, generator=draw)
+        shift = 2 * self.SHIFT * (torch.rand(units, generator=draw) - 0.5)
+        scale = 1 + (self.LARGEST_SCALE - 1) * torch.rand(units, generator=draw)
+        shifts = shift + 2 * self.OWN_SHIFT * (torch.rand(x.shape, generator=draw) - 0.5)
+        scales = scale + self.OWN_SCALE * torch.randn(x.shape, generator=draw)
         return x * scales + shifts
+
+
+# What is done and measured here, for recipes.
+NOISE = (
+    f"each step, each unit is given a new shift within ±{Noise.SHIFT:g} and a new scale in "
+    f"1…{Noise.LARGEST_SCALE:g}, and each activation a shift within ±{Noise.OWN_SHIFT:g} and a "
+    f"scale with deviation {Noise.OWN_SCALE:g} of its own."
+)
+DISTANCE = (
+    "For a unit, the 2-Wasserstein distance between the distributions of its values: changes of "
+    "mean, deviation and shape count; over a layer, √(Σ distance² ÷ Σ variance), in which the "
+    "layer's scale cancels."
+)
+GRADIENT_SHIFT = (
+    "G is the gradient by a layer's weights, G′ the one on the same batch with the same noise "
+    "after all earlier layers, γ and β included, and no other, have made their step."
+)
+OFF_LINE = (
+    "|L(θ − tG) − (L − t‖G‖²)| ÷ t‖G‖². The source takes the loss's range; that includes the "
+    "descent itself, and is large where a large gradient leads straight down."
+)
 
 
 def set_step(net: nn.Module, step: int) -> None:
@@ -78,14 +103,37 @@ def gradients(
     return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
 
 
-def inputs(net: nn.Sequential, x: Tensor) -> Values:
-    """What each dense layer but the first receives."""
+def statistics(net: nn.Sequential, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance, by unit, of what each normalization receives."""
+    found = []
+    with torch.no_grad():
+        for module in net:
+            if isinstance(module, BatchNorm):
+                found.append((x.mean(0), x.var(0, correction=0)))
+            x = module(x)
+    return found
+
+
+def inputs(
+    net: nn.Sequential, x: Tensor, held: Sequence[tuple[Tensor, Tensor]] | None = None
+) -> Values:
+    """What each dense layer but the first receives.
+
+    Args:
+        net: in training.
+        x: what the network is given.
+        held: statistics with which to normalize, instead of those of `x`.
+    """
     received = []
+    given = iter(held or ())
     with torch.no_grad():
         for module in net:
             if isinstance(module, nn.Linear):
                 received.append(x.numpy())
-            x = module(x)
+            if held and isinstance(module, BatchNorm):
+                x = batch_norm(x, *next(given), module.weight, module.bias, eps=module.eps)
+            else:
+                x = module(x)
     return received[1:]
 
 
@@ -113,34 +161,23 @@ def moved(before: Values, after: Values) -> list[float | None]:
     return distances
 
 
-@dataclass(frozen=True)
-class Change:
-    """From a gradient G to another one, G′; None where there is no gradient to compare with.
-
-    `turn` is 1 − cos(G, G′).
-    """
-
-    absolute: float
-    relative: float | None
-    turn: float | None
-
-
-def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Change:
-    """Compare two gradients by the same parameters.
+def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+    """By what part of its size a gradient has changed, ‖G − G′‖ ÷ ‖G‖; None: it was zero.
 
     >>> change([torch.tensor([3.0])], [torch.tensor([-6.0])])
-    Change(absolute=9.0, relative=3.0, turn=2.0)
+    3.0
     """
-    # In float64: 1 − cos would drown in float32's rounding.
-    a, b = (torch.cat([part.flatten() for part in g]).double() for g in (before, after))
-    absolute, size, other = (float(v.norm()) for v in (b - a, a, b))
-    turn = 1 - float(a @ b) / (size * other) if size * other else None
-    return Change(absolute, absolute / size if size else None, turn)
+    size = _norm(before)
+    return _norm([a - b for a, b in zip(after, before, strict=True)]) / size if size else None
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
 
 
 def update(
     net: nn.Sequential, x: Tensor, y: Tensor, gradient: Sequence[Tensor], rate: float
-) -> list[Change]:
+) -> list[float | None]:
     """Do a step of gradient descent, first layer first, and see what it does to the others.
 
     Definition 2.1 of Santurkar et al. 2018: G is the gradient by a layer's weights before the step,
@@ -154,7 +191,7 @@ def update(
         rate: learning rate.
 
     Returns:
-        Of each layer but the first the change from G to G′.
+        Of each layer but the first the change from G to G′, as a part of G.
     """
     given = iter(gradient)
     changes = []
@@ -169,14 +206,17 @@ def update(
 
 @dataclass(frozen=True)
 class Line:
-    """The loss along its gradient: figure 4 of Santurkar et al. 2018.
+    """What happens along a gradient: figure 4 of Santurkar et al. 2018, but for the loss.
 
-    `range` is the largest less the smallest loss met, starting point included; `gradient` the
-    greatest change of the gradient, as a part of the gradient at the start; `smoothness` the
-    greatest change for the distance moved (the "effective β"). None: there is no gradient.
+    Its authors draw the range of the loss, in which the descent itself counts: a network whose
+    loss falls all the way has the larger range the faster it falls. So `departure` is how far the
+    loss leaves the straight line that the gradient G foretells, as a part of the descent foretold:
+    |L(θ − tG) − (L(θ) − t‖G‖²)| ÷ t‖G‖². `gradient` is the change of the gradient as a part of the
+    gradient at the start, `smoothness` its change for the distance moved (the "effective β"). Each
+    is the greatest over the lengths t. None: there is no gradient.
     """
 
-    range: float
+    departure: float | None
     gradient: float | None
     smoothness: float | None
 
@@ -200,22 +240,20 @@ def along(
     parameters = list(net.parameters())
     loss, gradient = start
     here = [parameter.detach().clone() for parameter in parameters]
-    losses, changes = [loss], []
+    slope = _norm(gradient) ** 2
+    if not slope:
+        return Line(None, None, None)
+    departures, changes = [], []
     for length in lengths:
         descend(parameters, gradient, length)
         found, after = gradients(net, x, y, parameters)
-        losses.append(found)
-        changes.append(change(gradient, after))
+        departures.append(abs((found - loss) / (length * slope) + 1))
+        changes.append(change(gradient, after) or 0.0)
         with torch.no_grad():
             for parameter, value in zip(parameters, here, strict=True):
                 parameter.copy_(value)
-    relative = [c.relative for c in changes if c.relative is not None]
-    steep = [r / length for r, length in zip(relative, lengths, strict=False)]
-    return Line(
-        range=max(losses) - min(losses),
-        gradient=max(relative, default=None),
-        smoothness=max(steep, default=None),
-    )
+    steep = [part / length for part, length in zip(changes, lengths, strict=True)]
+    return Line(max(departures), max(changes), max(steep))
 
 
 def descend(parameters: Sequence[Tensor], gradient: Sequence[Tensor], rate: float) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,18 +15,10 @@ from torch import nn
 from batchnorm import BatchNorm
 from batchnorm.lab import landscape, networks, training, tuning
 from batchnorm.lab.data import Dataset
-from batchnorm.lab.experiments import (
-    Experiment,
-    Findings,
-    Judged,
-    Picture,
-    Run,
-    Settings,
-    Table,
-)
+from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings, Table
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
 from batchnorm.lab.verdict import Verdict, judge
-from batchnorm.lab.words import counted
+from batchnorm.lab.words import bands, counted
 
 PLAIN, NORMALIZED, NOISY_PLAIN, NOISY = ARMS = (
     "plain", "BatchNorm", "plain + noise", "BatchNorm + noise"
@@ -34,20 +26,19 @@ PLAIN, NORMALIZED, NOISY_PLAIN, NOISY = ARMS = (
 CLEAN = (PLAIN, NORMALIZED)
 EVERY_RATE = "every rate"
 
-MEASURES = ("shift", "relative", "absolute", "turn", "range", "gradient", "smoothness")
+MEASURES = ("shift", "held", "relative", "departure", "gradient", "smoothness")
 
-#: How far to go along the gradient, in the network's own steps.
-LENGTHS = (0.5, 1.0, 2.0, 4.0)
+#: How far to go along the gradient, in multiples of it: half to four steps at a rate of 0.1. The
+#: same for every network: what saturates is the smaller per length the longer the way.
+LENGTHS = (0.05, 0.1, 0.2, 0.4)
 
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftSettings(Settings):
-    """The sweep; how often to look, until what loss, and over how many rows."""
+class Sizes:
+    """How long to train what; how often to look, until what loss, and over how many rows."""
 
-    tuning_seeds: int
-    rates: tuple[float, ...]
     steps: int
     every: int = 10
     level: float = 0.1
@@ -58,16 +49,16 @@ class ShiftSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftTrial(ArmTrial):
-    """One training run."""
+class ShiftSettings(Sizes, Settings):
+    """The sweep."""
 
-    steps: int
-    every: int
-    level: float
-    probe: int
-    depth: int
-    width: int
-    batch: int
+    tuning_seeds: int
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftTrial(Sizes, ArmTrial):
+    """One training run."""
 
 
 Runs = Sequence[Run[ShiftTrial]]
@@ -127,15 +118,15 @@ def run(trial: ShiftTrial, data: Dataset) -> Run[ShiftTrial]:
         if trial.stage == SWEEP or step % trial.every:
             landscape.descend(parameters, gradient, trial.rate)
             continue
-        lengths = [trial.rate * length for length in LENGTHS]
-        line = landscape.along(net, xs, ys, (loss, gradient), lengths)
-        before = landscape.inputs(net, probe)
+        line = landscape.along(net, xs, ys, (loss, gradient), LENGTHS)
+        before, statistics_before = landscape.inputs(net, probe), landscape.statistics(net, probe)
         changes = landscape.update(net, xs, ys, gradient, trial.rate)
         landscape.set_step(net, step + 1)
-        seen["shift"].append(_middle(landscape.moved(before, landscape.inputs(net, probe))))
-        for name in ("relative", "absolute", "turn"):
-            seen[name].append(_middle([getattr(change, name) for change in changes]))
-        for name in ("range", "gradient", "smoothness"):
+        for name, held in (("shift", None), ("held", statistics_before)):
+            moved = landscape.moved(before, landscape.inputs(net, probe, held))
+            seen[name].append(_middle(moved))
+        seen["relative"].append(_middle(changes))
+        for name in ("departure", "gradient", "smoothness"):
             seen[name].append(_middle([getattr(line, name)]))
     windows = [losses[i : i + trial.every] for i in range(0, len(losses), trial.every)]
     mean = statistics.fmean(losses)
@@ -156,24 +147,16 @@ def _middle(values: Sequence[float | None]) -> float | None:
 
 def plan(settings: ShiftSettings, runs: Runs) -> list[ShiftTrial]:
     """Tune every arm for the least mean loss; then run the two without noise at every rate, too."""
-    names = ("steps", "every", "level", "probe", "depth", "width", "batch")
-    sizes = {name: getattr(settings, name) for name in names}
+    sizes = {field.name: getattr(settings, field.name) for field in fields(Sizes)}
     template = ShiftTrial(stage="", seed=0, arm="", rate=0.0, **sizes)
 
     def score(swept: Runs) -> float:
-        return statistics.fmean(
-            r.measured["loss"] if r.measured["learned"] else math.inf for r in swept
-        )
+        losses = (r.measured["loss"] if r.measured["learned"] else math.inf for r in swept)
+        return statistics.fmean(losses)
 
-    wanted = tuning.plan(
-        template,
-        runs,
-        arms=ARMS,
-        corners=[{"rate": rate} for rate in settings.rates],
-        tuning_seeds=settings.tuning_seeds,
-        seeds=settings.seeds,
-        score=score,
-    )
+    seeds = {"tuning_seeds": settings.tuning_seeds, "seeds": settings.seeds}
+    corners = [{"rate": rate} for rate in settings.rates]
+    wanted = tuning.plan(template, runs, arms=ARMS, corners=corners, score=score, **seeds)
     own = {trial.arm: trial.rate for trial in wanted if trial.stage == EVALUATION}
     return wanted + [
         replace(template, stage=EVERY_RATE, seed=seed, arm=arm, rate=rate)
@@ -200,15 +183,15 @@ def _at(runs: Runs, arm: str, rate: float) -> Runs:
 
 
 def _said(runs: Runs, name: str) -> str:
-    found = [v for r in runs if (v := value(r, name)) is not None]
-    return f"{statistics.median(found):.2g}" if found else "–"
+    found = _middle([value(r, name) for r in runs])
+    return "–" if found is None else f"{found:.2g}"
 
 
 def _judge(names: tuple[str, str], *values: Sequence[float | None]) -> Verdict:
     """Judge that the second is smaller, by logarithms: of ratios, an average is no use."""
     worst = max((v for row in values for v in row if v is not None), default=1.0)
     filled = [[worst if v is None else v for v in row] for row in values]
-    # A gradient that does not turn at all, but for rounding, still has a logarithm.
+    # A loss that leaves the line by nothing but its rounding still has a logarithm.
     logs = [[math.log10(max(v, SMALLEST)) for v in row] for row in filled]
     return judge(logs[0], logs[1], unit="decades", names=names)
 
@@ -227,125 +210,118 @@ def _harm(noisy: Runs, clean: Runs) -> list[float | None]:
 def analyse(settings: ShiftSettings, runs: Runs) -> Findings:
     """Judge both shifts and the loss's smoothness, and what noise does to learning."""
     plain, bn, noisy_plain, noisy = (select(runs, stage=EVALUATION, arm=arm) for arm in ARMS)
-    shared, own, least = plain[0].trial.rate, bn[0].trial.rate, min(settings.rates)
+    shared, own = plain[0].trial.rate, bn[0].trial.rate
     same = _at(runs, NORMALIZED, shared)
-    slow_plain, slow = (_at(runs, arm, least) for arm in CLEAN)
     verdict = _less("shift", plain, bn)
-    at, lowest = f"At one rate for both, {shared:g},", f"At the smallest rate, {least:g},"
     harm = _judge((NOISY_PLAIN, NOISY), _harm(noisy_plain, plain), _harm(noisy, bn))
+    at = "At one and the same rate for both, that of the plain network, batch normalization"
+    makes = "Batch normalization makes the gradient"
+    noisily = "noise that moves the inputs of the layers at every step"
+    ours = {
+        f"{at} reduces the shift of 2015, too.": _less("shift", plain, same),
+        f"{noisily.capitalize()} harms a plain network more than a normalized one.": harm,
+        "With batch normalization the loss keeps closer to the straight line that its gradient "
+        "foretells.": _less("departure", plain, bn),
+    }
     also = {
-        f"{at} it reduces the shift of 2015, too.": _less("shift", plain, same),
-        "It reduces the shift of 2018: once the earlier layers have been updated, a layer's "
-        "gradient has changed less, ‖G − G′‖ ÷ ‖G‖.": _less("relative", plain, bn),
-        "It reduces ‖G − G′‖ itself, which grows with the gradient.": _less("absolute", plain, bn),
-        "It makes the gradient turn less: cos(G, G′) is nearer to one.": _less("turn", plain, bn),
-        f"{at} it reduces ‖G − G′‖ ÷ ‖G‖.": _less("relative", plain, same),
-        f"{lowest} it reduces ‖G − G′‖ ÷ ‖G‖.": _less("relative", slow_plain, slow),
-        "Noise after each normalization brings the shift of 2015 back: the inputs move more than "
-        "those of the plain network without noise.": _less("shift", noisy, plain),
-        "With that noise the normalized network still learns faster than the plain one without "
-        "it.": _less("loss", plain, noisy),
-        "The same noise harms the plain network more than the normalized one.": harm,
-        "It makes the loss vary less along its gradient.": _less("range", plain, bn),
-        f"{at} it makes the loss vary less along its gradient.": _less("range", plain, same),
-        f"{lowest} it makes the loss vary less along its gradient.": _less(
-            "range", slow_plain, slow
-        ),
-        "It makes the gradient more predictive: on the way along it, the gradient changes by a "
-        "smaller part of its size.": _less("gradient", plain, bn),
-        "It makes the gradient change less for the distance moved: the effective β-smoothness is "
+        f"{at} reduces the shift of 2018: once the earlier layers have been updated, a layer's "
+        "gradient has changed by a smaller part of its size.": _less("relative", plain, same),
+        f"With {noisily}, a normalized network still learns faster than a plain one without "
+        "noise.": _less("loss", plain, noisy),
+        f"{makes} more predictive: on the way along it, the gradient changes by a smaller part of "
+        "its size.": _less("gradient", plain, bn),
+        f"{makes} change less for the distance moved: the effective β-smoothness is "
         "smaller.": _less("smoothness", plain, bn),
     }
-    shown = [plain, same, bn, noisy, noisy_plain]
+    columns = ("loss", "shift", "held", "relative", "departure")
     # If both have the same best rate, one row says it all.
-    shown = [of for of in shown if of is not same or shared != own]
-    failed = sum(not r.measured["learned"] for of in (*shown, slow_plain, slow) for r in of)
+    shown = [plain, *([same] if shared != own else []), bn, noisy, noisy_plain]
+    failed = sum(not r.measured["learned"] for of in shown for r in of)
+    caveats = [*tuning.edges(runs, settings.rates), *verdict.caveats()]
+    if failed:
+        caveats.append(
+            f"{counted(failed, 'run')} judged did not learn, and counted as the worst of those "
+            "that did."
+        )
+    by_rate = [[_at(runs, arm, rate) for arm in CLEAN] for rate in settings.rates]
+    pairs = [[_middle([value(r, "relative") for r in of]) for of in both] for both in by_rate]
+    order = [a > b for a, b in pairs if a is not None and b is not None]
     return Findings(
         summary=(
             "In one step the distributions of the layers' inputs moved by "
             f"{_said(plain, 'shift')} standard deviations in the plain network and by "
-            f"{_said(bn, 'shift')} with BatchNorm, each at its best rate ({shared:g} and {own:g}). "
-            "The shift of 2018, ‖G − G′‖ ÷ ‖G‖, was "
-            f"{_said(plain, 'relative')} and {_said(bn, 'relative')}; with both at {shared:g} "
-            f"{_said(plain, 'relative')} and {_said(same, 'relative')}, with both at {least:g} "
-            f"{_said(slow_plain, 'relative')} and {_said(slow, 'relative')}. Noise moved the "
-            f"normalized network's inputs by {_said(noisy, 'shift')}, and it had a mean training "
-            f"loss of {_said(noisy, 'loss')}; the plain one had {_said(plain, 'loss')} without "
-            f"noise and {_said(noisy_plain, 'loss')} with it. Along the gradient the loss varied "
-            f"by {_said(plain, 'range')} in the plain network and {_said(bn, 'range')} with "
-            f"BatchNorm. These are medians of {counted(settings.seeds, 'seed')}."
+            f"{_said(bn, 'shift')} with BatchNorm, each at its best rate ({shared:g} and {own:g}), "
+            f"and by {_said(same, 'shift')} with BatchNorm at {shared:g}. Had its normalizations "
+            "kept the statistics from before the step, they would have moved by "
+            f"{_said(bn, 'held')} and {_said(same, 'held')}. The shift of 2018, ‖G − G′‖ ÷ ‖G‖, "
+            f"was {_said(plain, 'relative')} and {_said(same, 'relative')} with both at "
+            f"{shared:g}; BatchNorm had the smaller one at {sum(order)} of the "
+            f"{counted(len(order), 'rate')} at which both learned. Noise moved the normalized "
+            f"network's inputs by {_said(noisy, 'shift')}, and it had a mean training loss of "
+            f"{_said(noisy, 'loss')}; the plain one had {_said(plain, 'loss')} without noise and "
+            f"{_said(noisy_plain, 'loss')} with it. Along the gradient the loss left its line by "
+            f"{_said(plain, 'departure')} times the descent foretold in the plain network and by "
+            f"{_said(bn, 'departure')} with BatchNorm. These are medians of "
+            f"{counted(settings.seeds, 'seed')}."
         ),
         verdict=verdict,
         table=Table(
-            ("network", "rate", "mean loss", "shift 2015", "shift 2018", "loss range"),
+            ("network", "rate", "loss", "shift 2015", "held", "shift 2018", "off line"),
             tuple(
-                (
-                    of[0].trial.arm,
-                    f"{of[0].trial.rate:g}",
-                    *(_said(of, name) for name in ("loss", "shift", "relative", "range")),
-                )
+                (of[0].trial.arm, f"{of[0].trial.rate:g}", *(_said(of, name) for name in columns))
                 for of in shown
             ),
         ),
         recipe=(
             f"{settings.depth} hidden layers of {settings.width} ReLU units, He's initial weights; "
-            f"plain SGD at a constant rate, {settings.steps} steps, batches of {settings.batch}. "
-            "BatchNorm stands before the ReLU, the noise between the two: each step, each unit is "
-            "given a new shift within ±0.5 and a new scale in 1…1.25, and each activation a little "
-            "more of both. In the plain network it stands at the same place.",
+            f"plain SGD at a constant rate, {settings.steps} steps, batches of {settings.batch}; "
+            "BatchNorm before the ReLU.",
+            f"The noise stands between the two, in the plain network at the same place: "
+            f"{landscape.NOISE} How far it moves a layer's inputs follows from these numbers, and "
+            "is no finding.",
             f"Learning rates: {', '.join(f'{rate:g}' for rate in settings.rates)}. The best is the "
             "one with the least training loss, noise included, in the mean over all steps; tuned "
             f"for each network by itself, {counted(settings.tuning_seeds, 'seed')} for each. The "
-            "verdicts come from other seeds.",
+            "verdicts come from other seeds. Only training rows are used: the question is how "
+            "networks learn, and no test row is looked at.",
             f"Shift of 2015: every {settings.every} steps, the inputs of each layer but the first "
-            f"over the same {settings.probe} training rows, before and after the step. For a unit, "
-            "the 2-Wasserstein distance between the distributions of its values, so that a change "
-            "of mean, deviation or shape counts; over a layer, √(Σ distance² ÷ Σ variance), in "
-            "which the layer's scale cancels.",
-            "Shift of 2018: G is the gradient by a layer's weights, G′ the one on the same batch "
-            "with the same noise after all earlier layers, γ and β included, have made their step, "
-            "and no other.",
-            "Along the gradient: at "
-            f"{', '.join(f'{length:g}' for length in LENGTHS)} of the network's own steps "
-            "the loss and the gradient again; its range, and the greatest change.",
-            f"Of each run the median over layers and over all looks until the mean loss of "
+            f"over the same {settings.probe} training rows, before and after the step. "
+            f"{landscape.DISTANCE} “Held”: after the step, the normalizations use the statistics "
+            "of those rows from before it, and cannot take back its effect.",
+            f"Shift of 2018: {landscape.GRADIENT_SHIFT}",
+            f"Along the gradient, at {', '.join(f'{length:g}' for length in LENGTHS)} times it in "
+            "every network: the loss and the gradient again; of each measure the largest. “Off "
+            f"line”: {landscape.OFF_LINE}",
+            "Of each run the median over layers and over all looks until the mean loss of "
             f"{settings.every} steps is below {settings.level:g}, so that networks are compared "
             "while they learn. Verdicts are on the logarithms: a decade is a factor of ten.",
         ),
         caveats=(
-            *tuning.edges(runs, settings.rates),
-            *(
-                (
-                    f"{counted(failed, 'run')} judged did not learn, and counted as the worst of "
-                    "those that did.",
-                )
-                if failed
-                else ()
-            ),
-            f"{1 + len(also)} verdicts are read off the same runs: of so many, one that is narrow "
-            "may be chance.",
-            *verdict.caveats(),
+            *caveats,
+            f"{1 + len(also) + len(ours)} verdicts are read off the same runs: of so many, one "
+            "that is narrow may be chance.",
         ),
         not_shown=(
             "That batch normalization works because of either: measures that go along with "
             "learning fast need not cause it. Only the noise is an intervention, and the most it "
             "can say is that distributions need not keep still, not that it does no good.",
-            "Slow drifts: the shift of 2015 was measured over single steps.",
+            "Slow drifts, or smoothness everywhere: the shift of 2015 was measured over single "
+            "steps, and the loss along one line from where each network went.",
             "That the two definitions are about one thing. Both grow with the length of the step, "
-            "so a network that bears a larger rate is charged for using it. At large rates ‖G − "
-            "G′‖ ÷ ‖G‖ is near one for both, and which is the larger at the best rates can hang on "
-            "the rates that were tried.",
-            "Which network has the lower loss in the end: the mean over all steps says which one "
-            "learns sooner.",
-            "That the loss is smooth everywhere: it was looked at where each network went, and "
-            "along one line from there.",
-            "That gradients of two networks compare in absolute terms: a normalized layer does not "
-            "care for the scale of its weights, which sets the size of the gradient. So do ‖G − "
-            "G′‖ and β; the other measures are free of it.",
-            "Convolutional or deeper networks, other optimisers, or unseen data: only the training "
-            "loss was looked at.",
+            "so a network that bears a larger rate is charged for using it. Of 2018's there is "
+            "no verdict at the networks' own rates: at large ones ‖G − G′‖ ÷ ‖G‖ is near one for "
+            "both, and which is the larger hangs on the rates that were tried.",
+            "That a multiple of the gradient is as far a way in one network as in the other: a "
+            "normalized layer does not care for the scale of its weights, which sets the size of "
+            "the gradient. All that is measured along the gradient hangs on that scale, and at one "
+            "rate for both so do the shifts.",
+            "Which network ends lower: the mean loss over all steps says which one learns sooner. "
+            "Nor anything of unseen data, other optimisers, or convolutional or deeper networks.",
         ),
-        also=tuple(Judged(claim, found) for claim, found in also.items()),
+        also=(
+            *(Judged(claim, found) for claim, found in also.items()),
+            *(Judged(claim, found, ours=True) for claim, found in ours.items()),
+        ),
     )
 
 
@@ -359,14 +335,18 @@ def figures(settings: ShiftSettings, runs: Runs) -> list[Picture]:
     best = {arm: select(runs, stage=EVALUATION, arm=arm) for arm in ARMS}
     own = {arm: best[arm][0].trial.rate for arm in ARMS}
 
-    def by_step(name: str, first: int) -> dict[str, Any]:
+    def by_step(name: str, first: int, ylabel: str) -> Any:
         x = list(range(first, settings.steps + first, settings.every))
         # A run that diverged stopped early.
         rows = {
             arm: [r.measured[name] + [None] * (len(x) - len(r.measured[name])) for r in best[arm]]
             for arm in ARMS
         }
-        return {arm: (x, rows[arm]) for arm in ARMS}
+        return plots.curves(
+            {arm: (x, rows[arm]) for arm in ARMS},
+            xlabel="training step", ylabel=f"{ylabel} (log scale)", xscale="linear", yscale="log",
+            share=False,
+        )  # fmt: skip
 
     def by_rate(name: str) -> dict[str, Any]:
         columns = {
@@ -375,57 +355,40 @@ def figures(settings: ShiftSettings, runs: Runs) -> list[Picture]:
         }
         return {arm: (settings.rates, list(zip(*columns[arm], strict=True))) for arm in CLEAN}
 
-    seeds = counted(settings.seeds, "seed")
-    bands = f"Lines: median of {seeds}; bands: lowest to highest seed."
+    lines = bands(settings.seeds)
     rates = ", ".join(f"{own[arm]:g} ({arm})" for arm in ARMS)
     return [
         Picture(
             "learning",
             "Training loss by step",
             "See which line falls first, and what the noise does to each network. Each point is a "
-            f"mean over {settings.every} steps, with the noise. {bands} Each at its best learning "
+            f"mean over {settings.every} steps, with the noise. {lines} Each at its best learning "
             f"rate: {rates}.",
-            plots.curves(
-                by_step("losses", settings.every),
-                xlabel="training step",
-                ylabel="training loss (log scale)",
-                xscale="linear",
-                yscale="log",
-                share=False,
-            ),
+            by_step("losses", settings.every, "training loss"),
         ),
         Picture(
             "inputs",
             "How far the layers' inputs move in a step",
             "The shift of 2015 in the very runs of the first figure, median over the layers. See "
             "where the noise puts the normalized network, and compare the order of the lines with "
-            f"that of the losses. {bands}",
-            plots.curves(
-                by_step("shift", 1),
-                xlabel="training step",
-                ylabel="standard deviations (log scale)",
-                xscale="linear",
-                yscale="log",
-                share=False,
-            ),
+            f"that of the losses. {lines}",
+            by_step("shift", 1, "standard deviations"),
         ),
         Picture(
             "rates",
-            "Both shifts and the range of the loss by learning rate",
+            "Both shifts and the loss off its line by learning rate",
             "At one rate, compare the lines above it; at each network's best rate, the rings. "
-            "Where the lines of a panel cross, the answer depends on the rate. Runs that did not "
-            f"learn are left out. {bands}",
+            "Where the lines of a panel cross, the answer depends on the rate. In the third, the "
+            "lengths of the way are the same at every rate, which only says where the network "
+            f"went. Runs that did not learn are left out. {lines}",
             plots.panels(
                 {
                     "2015: the inputs' distributions, in one step": by_rate("shift"),
                     "2018: the gradient, when earlier layers step": by_rate("relative"),
-                    "The loss, along its gradient": by_rate("range"),
+                    "The loss, along its gradient": by_rate("departure"),
                 },
-                ylabel=("standard deviations", "‖G − G′‖ ÷ ‖G‖", "range of the loss"),
-                yscale="log",
-                share=False,
-                marks=True,
-                xlabel="learning rate (log scale)",
+                ylabel=("standard deviations", "‖G − G′‖ ÷ ‖G‖", "off the straight line"),
+                xlabel="learning rate (log scale)", yscale="log", share=False, marks=True,
                 rings={arm: own[arm] for arm in CLEAN},
             ),
         ),
@@ -438,7 +401,7 @@ EXPERIMENT = Experiment(
     "inputs change less while the network learns.",
     source="Ioffe & Szegedy 2015 (arXiv:1502.03167); against it Santurkar et al. 2018, “How does "
     "batch normalization help optimization?” (arXiv:1805.11604)",
-    recipe=1,
+    recipe=2,
     trial=ShiftTrial,
     profiles=PROFILES,
     plan=plan,
