@@ -70,9 +70,9 @@ Runs = Sequence[Run[ZeroGammaTrial]]
 PROFILES = {
     "quick": ZeroGammaSettings(
         seeds=4,
-        tuning_seeds=1,
+        tuning_seeds=2,
         starts=(1.0, 0.0),
-        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         steps=64,
         blocks=16,
     ),
@@ -103,7 +103,8 @@ MATCHED = ONE + SMALL_HEAD
 
 
 def _arms(settings: ZeroGammaSettings) -> list[str]:
-    return [ONE, MATCHED, *(arm(start) for start in settings.starts if arm(start) != ONE)]
+    others = [arm(start) for start in settings.starts if arm(start) not in (ONE, ZERO)]
+    return [ONE, ZERO, MATCHED, *others]
 
 
 def run(trial: ZeroGammaTrial, data: Dataset) -> Run[ZeroGammaTrial]:
@@ -143,7 +144,7 @@ def shrink_head(net: nn.Sequential, x: Tensor) -> None:
     """Scale the head's weights: the outputs become as large as if each block were an identity."""
     probe = copy.deepcopy(net)  # the running statistics stay as they are
     with torch.no_grad():
-        shallow = nn.Sequential(*probe[:2], probe[-1])(x)
+        shallow = probe[-1](probe[:2](x))
         for weights in net[-1].parameters():  # the bias is zero
             weights.mul_(shallow.norm() / probe(x).norm())
 
@@ -253,7 +254,7 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
     soon = {n: statistics.median(at or settings.steps for at in early[n]) for n in early}
     error = {n: f"{statistics.fmean(tuning.measured(runs, 'error', arm=n)):.1%}" for n in early}
     small = {name: f"{statistics.fmean(found[name][lowest]):.1%}" for name in found}
-    others = [name for name in early if name not in (ONE, MATCHED, ZERO)]
+    others = [name for name in early if name not in (ONE, ZERO, MATCHED)]
     best = tuning.table(runs, "error", "test error")
     verdict = better(ONE)
     also = (
@@ -293,6 +294,13 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
     )
     caveats = []
     for name in found:
+        means = {rate: statistics.fmean(errors) for rate, errors in found[name].items()}
+        better_at = min(means, key=lambda rate: means[rate])
+        if means[better_at] < means[select(runs, stage=EVALUATION, arm=name)[0].trial.rate]:
+            caveats.append(
+                f"For {name} the sweep did not find the best rate for the evaluation's seeds: at "
+                f"{better_at:g}, {means[better_at]:.1%} came out wrong."
+            )
         if highest in limits[name]:
             caveats.append(
                 f"With {name} the network still learned at {highest:g}, the largest rate tried: "
@@ -363,7 +371,7 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
     from batchnorm.lab import plots
 
     names = _arms(settings)
-    steps: list[float] = list(range(WINDOW, settings.steps + 1))
+    steps = list(range(WINDOW, settings.steps + 1))
     level = select(runs, stage=EVALUATION)[0].measured["level"]
     rates = [f"{select(runs, stage=EVALUATION, arm=n)[0].trial.rate:g} ({n})" for n in names]
     errors = {name: by_rate(settings, runs, name).values() for name in (ONE, ZERO)}
@@ -375,7 +383,13 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
             "costs: from 1 the first outputs are large, which a small head undoes. Each arm is at "
             f"its best rate: {'; '.join(rates)}. Means of {WINDOW} steps. {bands(settings.seeds)}",
             plots.curves(
-                {n: (steps, tuning.measured(runs, "losses", arm=n)) for n in names},
+                {
+                    n: (
+                        steps,
+                        [r.measured["losses"] for r in select(runs, stage=EVALUATION, arm=n)],
+                    )
+                    for n in names
+                },
                 xlabel="training step",
                 ylabel="training loss (log scale)",
                 level=level,
@@ -387,14 +401,14 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
         Picture(
             "rates",
             "Test error by learning rate",
-            "See how far to the right each line stays below the dotted one, up to which a network "
-            f"counts as having learned, and which is lower on the left. {bands(settings.seeds)}",
+            "See how far to the right each line stays below the dotted one at "
+            f"{settings.learned:.0%}, up to which a network counts as having learned, and which is "
+            f"lower on the left. {bands(settings.seeds)}",
             plots.curves(
                 {n: (settings.rates, list(zip(*errors[n], strict=True))) for n in errors},
                 xlabel="learning rate (log scale)",
                 ylabel="test error",
                 level=settings.learned,
-                level_label=f"{settings.learned:.0%}",
                 marks=True,
             ),
         ),
