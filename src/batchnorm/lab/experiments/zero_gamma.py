@@ -293,8 +293,8 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
         *(Judged(f"Zero is better than a start at {o[4:]}.", better(o), ours=True) for o in others),
     )
     caveats = []
-    for name in found:
-        means = {rate: statistics.fmean(errors) for rate, errors in found[name].items()}
+    for name, errors_at in found.items():
+        means = {rate: statistics.fmean(errors) for rate, errors in errors_at.items()}
         better_at = min(means, key=lambda rate: means[rate])
         if means[better_at] < means[select(runs, stage=EVALUATION, arm=name)[0].trial.rate]:
             caveats.append(
