@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import itertools
 import math
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm.lab import networks, training
+from batchnorm.lab import networks, training, tuning
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
 from batchnorm.lab.experiments import zero_gamma as e
@@ -16,7 +17,10 @@ from lab_rehearsal import rehearse
 TINY = dataclasses.replace(
     e.PROFILES["quick"], seeds=2, starts=(1.0, 0.1, 0.0), rates=(0.03, 0.1), steps=12, blocks=3
 )
-SETTINGS = dataclasses.replace(e.PROFILES["quick"], rates=(0.01, 0.1, 1.0), steps=30)
+SETTINGS = dataclasses.replace(
+    e.PROFILES["quick"], rates=(0.01, 0.1, 1.0), steps=30, tuning_seeds=1
+)
+ARMS = [e.ONE, e.ZERO, e.MATCHED]
 
 
 def trial(arm, **fields):
@@ -38,7 +42,7 @@ class Block(nn.Module):
         return (x + self.m(self.b(self.n(self.a(x)).relu()))).relu()
 
 
-def by_hand(last, blocks=3):
+def by_hand(last, x=None, blocks=3):
     """The network with torch's own layers, in float64; its weights are drawn here."""
     draws = torch.Generator().manual_seed(6)
 
@@ -52,17 +56,23 @@ def by_hand(last, blocks=3):
     body = [Block(drawn, last) for _ in range(blocks)]
     head.weight.data = next(drawn)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(stem, nn.BatchNorm1d(24), nn.ReLU(), *body, head).double()
+    net = nn.Sequential(stem, nn.BatchNorm1d(24), nn.ReLU(), *body, head).double()
+    if x is not None:  # the first outputs are to be as large as from zero
+        sizes = [copy.deepcopy(other)(x).pow(2).mean().sqrt() for other in (by_hand(0.0), net)]
+        head.weight.data *= (sizes[0] / sizes[1]).detach()
+    return net
 
 
-@pytest.mark.parametrize("start", [1.0, 0.1, 0.0])
-def test_run_equals_the_same_training_written_with_torch_s_own_parts(start):
+@pytest.mark.parametrize(
+    ("arm", "start"), [(e.ONE, 1.0), (e.arm(0.1), 0.1), (e.ZERO, 0.0), (e.MATCHED, 1.0)]
+)
+def test_run_equals_the_same_training_written_with_torch_s_own_parts(arm, start):
     data = load("digits")
-    found = e.run(trial(e.arm(start)), data).measured
+    found = e.run(trial(arm), data).measured
     x, y, x_test, y_test = training.tensors(data)
     x, x_test = x.double(), x_test.double()
     with torch.random.fork_rng():
-        net = by_hand(start)
+        net = by_hand(start, x if arm == e.MATCHED else None)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
     losses = []
     for step, rows in enumerate(itertools.islice(training.batches(len(x), 64, 6), 15)):
@@ -97,8 +107,16 @@ def test_at_zero_every_block_is_an_identity_at_first():
 
 def test_the_tiny_profile_runs_from_plan_to_figures():
     runs, findings = rehearse(e.EXPERIMENT, TINY)
-    assert len(runs) == 3 * (2 + 2 + 2 + 2)
-    assert len(findings.also) == 4
+    assert len(runs) == 4 * (2 * 2 + 2) + 2 * 2
+    assert [j.ours for j in findings.also] == [False, True, True, True, True]
+
+
+def test_the_sweep_sees_nothing_of_the_test_rows():
+    data, t = load("digits"), trial(e.ZERO)
+    swept = e.run(dataclasses.replace(t, stage=SWEEP), data).measured
+    seen = tuning.data_for(dataclasses.replace(t, stage=SWEEP), data)
+    again = e.run(t, seen).measured
+    assert swept["error"] == again["error"] != e.run(t, data).measured["error"]
 
 
 def test_a_run_that_diverges_is_a_result_and_no_warning():
@@ -107,52 +125,37 @@ def test_a_run_that_diverges_is_a_result_and_no_warning():
     assert found["error"] > 0.5
 
 
-def test_plan_tries_the_ends_once_the_sweep_is_done():
+def test_plan_tries_every_rate_with_the_evaluation_s_seeds():
     sweep = e.plan(SETTINGS, [])
     assert {t.stage for t in sweep} == {SWEEP}
-    assert len(sweep) == 2 * 3
-
-    def after(learns):
-        """Each arm is at its best at 0.1 or 0.01, and has learned up to the rate given."""
-        best = {e.ONE: 0.01, e.ZERO: 0.1}
-        runs = [
-            Run(t, {"error": 0.05 + 0.1 * (t.rate != best[t.arm]) + (t.rate > learns[t.arm])}, {})
-            for t in sweep
-        ]
-        found = e.plan(SETTINGS, runs)[len(sweep) :]
-        return {(t.stage, t.arm): t.rate for t in found}, found
-
-    rates, found = after({e.ONE: 0.01, e.ZERO: 0.1})
-    assert rates == {
-        (EVALUATION, e.ONE): 0.01,
-        (EVALUATION, e.ZERO): 0.1,
-        (e.SMALLEST, e.ONE): 0.01,
-        (e.SMALLEST, e.ZERO): 0.01,
-        (e.LARGEST, e.ONE): 0.1,
-        (e.LARGEST, e.ZERO): 0.1,
-    }
-    assert sorted(t.seed for t in found) == sorted([0, 1, 2, 3] * 6)
-    assert after({e.ONE: 1.0, e.ZERO: 0.1})[0][e.LARGEST, e.ZERO] == 1.0
-    assert after({e.ONE: 0, e.ZERO: 0})[0][e.LARGEST, e.ONE] == 0.01
+    assert len(sweep) == 3 * 3
+    best = {e.ONE: 0.01, e.ZERO: 0.1, e.MATCHED: 1.0}
+    runs = [Run(t, {"error": 0.1 + (t.rate != best[t.arm])}, {}) for t in sweep]
+    found = e.plan(SETTINGS, runs)[len(sweep) :]
+    assert {t.arm: t.rate for t in found if t.stage == EVALUATION} == best
+    tried = [(t.arm, t.rate, t.seed) for t in found]
+    assert len(tried) == len(set(tried)), "a network is trained twice"
+    both = set(itertools.product((e.ONE, e.ZERO), SETTINGS.rates, range(4)))
+    assert set(tried) == both | {(e.MATCHED, 1.0, seed) for seed in range(4)}
 
 
-def made_up(one, zero, seeds=4):
-    """Runs with (error at best, smallest, largest; early) of both; the seeds differ a little."""
-    runs = [
-        Run(trial(arm, stage=SWEEP, seed=9, rate=rate), {"error": 0.1 + (rate == 1.0)}, {})
-        for arm in (e.ONE, e.ZERO)
-        for rate in SETTINGS.rates
-    ]
-    stages = (EVALUATION, 0.1), (e.SMALLEST, 0.01), (e.LARGEST, 0.1)
-    for arm, (*errors, early) in ((e.ONE, one), (e.ZERO, zero)):
-        for (stage, rate), error in zip(stages, errors, strict=True):
-            for seed in range(seeds):
+def made_up(one, zero, matched=None, seeds=4):
+    """Runs with (error at 0.01, 0.1, 1; early) of the arms, whose best is 0.1.
+
+    The seeds differ a little.
+    """
+    runs = []
+    for arm, (*errors, early) in zip(ARMS, (one, zero, matched or one), strict=True):
+        for rate, error in zip(SETTINGS.rates, errors, strict=True):
+            runs.append(Run(trial(arm, stage=SWEEP, seed=9, rate=rate), {"error": 0.123}, {}))
+            stage = EVALUATION if rate == 0.1 else e.RATES
+            for seed in range(seeds if stage == EVALUATION or arm != e.MATCHED else 0):
                 measured = {"error": error + (-1) ** seed / 1000, "early": early}
                 runs.append(Run(trial(arm, stage=stage, seed=seed, rate=rate), measured, {}))
     return runs
 
 
-GOOD, BAD = (0.03, 0.05, 0.04, 10), (0.1, 0.2, 0.6, None)
+GOOD, BAD = (0.05, 0.03, 0.04, 10), (0.25, 0.1, 0.6, None)
 
 
 @pytest.mark.parametrize(
@@ -167,34 +170,71 @@ GOOD, BAD = (0.03, 0.05, 0.04, 10), (0.1, 0.2, 0.6, None)
 def test_verdicts_follow_the_runs(one, zero, expected):
     found = e.analyse(SETTINGS, made_up(one, zero))
     outcomes = [v.outcome for v in (found.verdict, *(j.verdict for j in found.also))]
-    assert outcomes == [expected] * 4
+    assert outcomes == [expected] * 5
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_each_claim_has_numbers_of_its_own(place):
-    mixed = list(GOOD)
-    mixed[place] = BAD[place]
-    found = e.analyse(SETTINGS, made_up(mixed, GOOD))
-    order = [found.verdict, found.also[2].verdict, found.also[1].verdict, found.also[0].verdict]
-    expected = ["unresolved"] * 4
-    expected[place] = "reproduced"
-    assert [verdict.outcome for verdict in order] == expected
+@pytest.mark.parametrize(
+    ("arm", "changed", "decided"),
+    [
+        (e.ONE, {1: 0.1}, [0]),
+        (e.MATCHED, {3: None}, [1]),
+        (e.MATCHED, {1: 0.1}, [2]),
+        (e.ONE, {2: 0.6}, [3]),
+        (e.ONE, {0: 0.06}, [4]),
+        (e.ONE, {3: None}, []),
+    ],
+)
+def test_each_claim_has_numbers_of_its_own(arm, changed, decided):
+    arms = {name: list(GOOD) for name in ARMS}
+    for place, value in changed.items():
+        arms[arm][place] = value
+    found = e.analyse(SETTINGS, made_up(*arms.values()))
+    verdicts = [found.verdict, *(j.verdict for j in found.also)]
+    outcomes = ["reproduced" if i in decided else "unresolved" for i in range(5)]
+    assert [verdict.outcome for verdict in verdicts] == outcomes
+
+
+def test_the_largest_rate_is_counted_in_decades_and_a_failure_as_the_next_smaller():
+    runs = made_up((0.9, 0.9, 0.9, None), (0.1, 0.1, 0.9, 10))
+    found = e.analyse(SETTINGS, runs)
+    # From 0.001, as no rate was borne, to 0.1.
+    assert found.also[2].verdict.mean == pytest.approx(2)
+    assert "The largest rate at which it learned was 0.1 instead of none." in found.summary
+    assert any("γ = 1, 4 of 4 seeds learned at no rate" in said for said in found.caveats)
+    found = e.analyse(SETTINGS, made_up(GOOD, (0.9, 0.9, 0.2 - 0.001, 10)))
+    assert found.also[2].verdict.mean == pytest.approx(0)
+    assert sum("its limit lies higher" in said for said in found.caveats) == 2
+
+
+def test_claims_are_the_same_sentences_whatever_the_runs_and_rates():
+    one, other = (
+        e.analyse(dataclasses.replace(SETTINGS, steps=steps), made_up(*made)).also
+        for steps, made in ((30, (GOOD, BAD)), (50, (BAD, GOOD)))
+    )
+    assert [j.claim for j in one] == [j.claim for j in other]
+    assert not any(character.isdigit() for j in one[2:] for character in j.claim)
 
 
 def test_the_words_have_the_runs_own_numbers():
-    found = e.analyse(SETTINGS, made_up((0.102, 0.202, 0.602, None), (0.032, 0.052, 0.042, 10)))
+    runs = made_up((0.202, 0.102, 0.602, None), (0.052, 0.032, 0.3, 10), (0, 0.072, 0, 20))
+    found = e.analyse(SETTINGS, runs)
     for said in (
         "3.2% of the test rows wrong instead of 10.2%",
-        "after 10 steps instead of 30",
-        "At 0.1 for both: 4.2% and 60.2%; at 0.01, 5.2% and 20.2%",
+        "with a γ of 1 and first outputs made as small, 7.2%",
+        "after 10 steps, theirs after 30 and 20.",
+        "At 0.01, the smallest, 5.2% came out wrong instead of 20.2%",
     ):
         assert said in found.summary
-    assert found.table.rows[0][3:] == ("20.2%", "60.2%")
+    assert [row[0] for row in found.table.rows] == ARMS
+    assert [row[3:] for row in found.table.rows] == [("30", "0.1"), ("10", "0.1"), ("20", "–")]
     assert found.caveats == (found.verdict.caveats()[0],)
-    assert e.analyse(SETTINGS, made_up(GOOD, GOOD, seeds=8)).caveats == ()
+    runs = made_up((0.091, 0.102, 0.602, None), (0.052, 0.032, 0.3, 10))
+    said = e.analyse(SETTINGS, runs).caveats[0]
+    assert said.startswith("For γ = 1 the sweep did not find the best rate")
+    assert said.endswith("at 0.01, 9.1% came out wrong.")
 
 
-def test_figures_show_the_sweep_and_the_losses_of_the_evaluation():
+def test_figures_show_the_errors_by_rate_and_the_losses_of_the_evaluation():
     runs = made_up(BAD, GOOD)
     for r in select(runs, stage=EVALUATION):
         r.measured.update(losses=[float(r.trial.seed + 1)] * 26, level=1.15)
@@ -203,4 +243,4 @@ def test_figures_show_the_sweep_and_the_losses_of_the_evaluation():
     assert list(lines[e.ZERO].get_ydata()) == [2.5] * 26
     assert list(lines[e.ZERO].get_xdata())[::25] == [5, 30]
     shown = {line.get_label(): line for line in rates.figure.axes[0].get_lines()}
-    assert list(shown[e.ONE].get_ydata()) == [0.1, 0.1, 1.1]
+    assert list(shown[e.ONE].get_ydata()) == pytest.approx([0.25, 0.1, 0.6])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
 
 from batchnorm import NonFiniteWarning
 from batchnorm.lab import networks, training, tuning
@@ -22,9 +26,12 @@ from batchnorm.lab.experiments import (
 )
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
 from batchnorm.lab.verdict import Verdict, judge
-from batchnorm.lab.words import counted
+from batchnorm.lab.words import bands, counted
 
-SMALLEST, LARGEST = "smallest rate", "largest rate"
+#: The stage of the rates that were not the arm's best: the same seeds as in the evaluation.
+RATES = "other rates"
+
+SMALL_HEAD = ", small head"
 
 #: Steps that the loss is averaged over before it is compared with a level, or drawn.
 WINDOW = 5
@@ -32,14 +39,18 @@ WINDOW = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroGammaSettings(Settings):
-    """The γ to start from: 1, others, 0; and the share of errors up to which a network learns."""
+    """The γ to start from: 1, others, 0; and the share of errors up to which a network learned.
+
+    The quick profile has as many blocks as ResNet-50, the source's network; the full one twice as
+    many.
+    """
 
     tuning_seeds: int
     starts: tuple[float, ...]
     rates: tuple[float, ...]
     steps: int
     learned: float = 0.2
-    blocks: int = 32
+    blocks: int
     width: int = 64
     batch: int = 64
 
@@ -58,14 +69,20 @@ Runs = Sequence[Run[ZeroGammaTrial]]
 
 PROFILES = {
     "quick": ZeroGammaSettings(
-        seeds=4, tuning_seeds=1, starts=(1.0, 0.0), rates=(0.003, 0.01, 0.03, 0.1, 0.3), steps=64
+        seeds=4,
+        tuning_seeds=2,
+        starts=(1.0, 0.0),
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        steps=64,
+        blocks=16,
     ),
     "full": ZeroGammaSettings(
         seeds=8,
         tuning_seeds=2,
         starts=(1.0, 0.1, 0.0),
-        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
-        steps=350,
+        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        steps=250,
+        blocks=32,
     ),
 }
 
@@ -81,6 +98,14 @@ def arm(start: float) -> str:
 
 ONE, ZERO = arm(1.0), arm(0.0)
 
+#: A start at 1 whose first outputs are no larger than those of a start at 0.
+MATCHED = ONE + SMALL_HEAD
+
+
+def _arms(settings: ZeroGammaSettings) -> list[str]:
+    others = [arm(start) for start in settings.starts if arm(start) not in (ONE, ZERO)]
+    return [ONE, ZERO, MATCHED, *others]
+
 
 def run(trial: ZeroGammaTrial, data: Dataset) -> Run[ZeroGammaTrial]:
     """Train with momentum and a rate that ends at zero; the test error at the end, and the losses.
@@ -88,13 +113,15 @@ def run(trial: ZeroGammaTrial, data: Dataset) -> Run[ZeroGammaTrial]:
     `early` is the first step at which the mean loss of `WINDOW` steps is at most half of what a
     guess among the classes costs; null if there was none.
     """
-    x, y, x_test, y_test = training.tensors(data)
+    x, y, x_test, y_test = training.tensors(tuning.data_for(trial, data))
     net = networks.residual_mlp(
         (x.shape[1], trial.width, data.classes),
         trial.blocks,
         training.generator(trial.seed),
-        last=float(trial.arm.rpartition(" ")[2]),
+        last=float(trial.arm.removesuffix(SMALL_HEAD).rpartition(" ")[2]),
     )
+    if trial.arm.endswith(SMALL_HEAD):
+        shrink_head(net, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NonFiniteWarning)  # a run that diverges is a result here
         losses = training.fit(
@@ -111,6 +138,15 @@ def run(trial: ZeroGammaTrial, data: Dataset) -> Run[ZeroGammaTrial]:
         },
         {},
     )
+
+
+def shrink_head(net: nn.Sequential, x: Tensor) -> None:
+    """Scale the head's weights: the outputs become as large as if each block were an identity."""
+    probe = copy.deepcopy(net)  # the running statistics stay as they are
+    with torch.no_grad():
+        shallow = probe[-1](probe[:2](x))
+        for weights in net[-1].parameters():  # the bias is zero
+            weights.mul_(shallow.norm() / probe(x).norm())
 
 
 def running_mean(losses: Sequence[float]) -> list[float]:
@@ -132,27 +168,38 @@ def reached(means: Sequence[float], level: float) -> int | None:
     return next((step for step, mean in enumerate(means, WINDOW) if mean <= level), None)
 
 
-def largest(settings: ZeroGammaSettings, runs: Runs) -> float:
-    """Return the largest rate at which any arm learned, by the sweep; the smallest if none did."""
+ByRate = Mapping[float, Sequence[float]]
+"""For each rate, in rising order, the test error of every seed."""
 
-    def learned(rate: float, name: str) -> bool:
-        errors = [r.measured["error"] for r in select(runs, stage=SWEEP, rate=rate, arm=name)]
-        return statistics.fmean(errors) <= settings.learned
 
-    names = [arm(start) for start in settings.starts]
-    found = [rate for rate in settings.rates if any(learned(rate, name) for name in names)]
-    return max(found, default=min(settings.rates))
+def by_rate(settings: ZeroGammaSettings, runs: Runs, name: str) -> ByRate:
+    """Return an arm's errors at every rate, with the evaluation's seeds."""
+    judged = [r for r in select(runs, arm=name) if r.trial.stage != SWEEP]
+    return {
+        rate: [r.measured["error"] for r in select(judged, rate=rate)] for rate in settings.rates
+    }
+
+
+def largest(errors: ByRate, learned: float) -> list[float | None]:
+    """Return the largest rate at which each seed learned; None if it never did.
+
+    >>> largest({0.1: [0.1, 0.3], 1.0: [0.05, 0.9]}, 0.2)
+    [1.0, None]
+    """
+    return [
+        max((rate for rate, found in errors.items() if found[i] <= learned), default=None)
+        for i in range(len(next(iter(errors.values()))))
+    ]
 
 
 def plan(settings: ZeroGammaSettings, runs: Runs) -> list[ZeroGammaTrial]:
-    """Tune every arm's learning rate by itself; then try the smallest and the largest, too."""
+    """Tune every arm's learning rate by itself; then try 0 and 1 at all other rates, too."""
     sizes = {key: getattr(settings, key) for key in ("steps", "blocks", "width", "batch")}
     template = ZeroGammaTrial(stage="", seed=0, arm="", rate=0.0, **sizes)
-    names = [arm(start) for start in settings.starts]
     wanted = tuning.plan(
         template,
         runs,
-        arms=names,
+        arms=_arms(settings),
         corners=[{"rate": rate} for rate in settings.rates],
         tuning_seeds=settings.tuning_seeds,
         seeds=settings.seeds,
@@ -160,104 +207,159 @@ def plan(settings: ZeroGammaSettings, runs: Runs) -> list[ZeroGammaTrial]:
     )
     if wanted[-1].stage != EVALUATION:
         return wanted
-    ends = {SMALLEST: min(settings.rates), LARGEST: largest(settings, runs)}
+    best = {t.arm: t.rate for t in wanted if t.stage == EVALUATION}
     return wanted + [
-        replace(template, stage=stage, rate=rate, seed=seed, arm=name)
-        for stage, rate in ends.items()
+        replace(template, stage=RATES, rate=rate, seed=seed, arm=name)
+        for rate in settings.rates
         for seed in range(settings.seeds)
-        for name in names
+        for name in (ONE, ZERO)
+        if rate != best[name]
     ]
 
 
 # What the runs say
 
 
-def _values(runs: Runs, key: str, name: str, stage: str = EVALUATION) -> list[float]:
-    return [r.measured[key] for r in select(runs, stage=stage, arm=name)]
+def _reach(rates: Sequence[float | None]) -> str:
+    """The middle rate (of two, the lower: one that was tried), and the range where there is one."""
+    ordered = sorted(rate or 0.0 for rate in rates)
+    low, middle, high = (
+        f"{rate:g}" if rate else "none"
+        for rate in (ordered[0], statistics.median_low(ordered), ordered[-1])
+    )
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
-    """Judge the error at each arm's best rate and at fixed ones, and how soon the loss falls."""
-    names = [arm(start) for start in settings.starts]
-    high, low = largest(settings, runs), min(settings.rates)
+    """Judge errors and first steps at each arm's best rate, then the rates that 0 and 1 bear."""
+    lowest, highest = settings.rates[0], settings.rates[-1]
+    found = {name: by_rate(settings, runs, name) for name in (ONE, ZERO)}
+    limits = {name: largest(found[name], settings.learned) for name in found}
+    # A seed that learned at no rate counts as the grid's next smaller one: as near as can be.
+    below = lowest * lowest / settings.rates[1]
+    decades = [[math.log10(limit or below) for limit in limits[name]] for name in found]
 
-    def better(stage: str = EVALUATION, control: str = ONE) -> Verdict:
-        errors = [_values(runs, "error", name, stage) for name in (control, ZERO)]
-        return judge(*errors, unit="of the test rows wrong", names=(control, ZERO))
+    def fewer(
+        control: Sequence[float], treated: Sequence[float], names: tuple[str, str]
+    ) -> Verdict:
+        points = [[100 * error for error in errors] for errors in (control, treated)]
+        return judge(*points, unit="points fewer errors", names=names)
 
-    def mean(name: str, stage: str = EVALUATION) -> str:
-        return f"{statistics.fmean(_values(runs, 'error', name, stage)):.1%}"
+    def better(control: str) -> Verdict:
+        names = control, ZERO
+        without, treated = (tuning.measured(runs, "error", arm=name) for name in names)
+        return fewer(without, treated, names)
 
-    early = judge(
-        _values(runs, "early", ONE),
-        _values(runs, "early", ZERO),
-        unit="steps",
-        horizon=settings.steps,
-        names=(ONE, ZERO),
-    )
-    verdict = better()
+    early = {name: tuning.measured(runs, "early", arm=name) for name in _arms(settings)}
+    soon = {n: statistics.median(at or settings.steps for at in early[n]) for n in early}
+    error = {n: f"{statistics.fmean(tuning.measured(runs, 'error', arm=n)):.1%}" for n in early}
+    small = {name: f"{statistics.fmean(found[name][lowest]):.1%}" for name in found}
+    others = [name for name in early if name not in (ONE, ZERO, MATCHED)]
     best = tuning.table(runs, "error", "test error")
-    also = {
-        "At the best rate of each, the loss falls to half of a guess's in fewer steps.": early,
-        f"At {high:g}, the largest rate at which any of them learned, it helps, too.": better(
-            LARGEST
+    verdict = better(ONE)
+    also = (
+        Judged(
+            "It eases the start of training: the loss falls to half of a guess's in fewer steps "
+            "than with a γ of 1 whose first outputs are made as small.",
+            judge(
+                early[MATCHED],
+                early[ZERO],
+                unit="steps",
+                horizon=settings.steps,
+                names=(MATCHED, ZERO),
+            ),
         ),
-        f"At {low:g}, the smallest rate tried, it helps, too.": better(SMALLEST),
-        **{
-            f"At each one's best rate, a start at 0 is better than one at {start:g}.": better(
-                control=arm(start)
+        Judged(
+            "A last γ of zero does more than to make the first outputs small: with a γ of 1 and "
+            "outputs as small there are more errors.",
+            better(MATCHED),
+            ours=True,
+        ),
+        Judged(
+            "A last γ of zero lets the network learn at larger rates.",
+            judge(
+                *decades,
+                unit="decades of the learning rate",
+                higher_is_better=True,
+                names=(ONE, ZERO),
+            ),
+            ours=True,
+        ),
+        Judged(
+            "At the smallest rate tried, a last γ of zero helps, too.",
+            fewer(found[ONE][lowest], found[ZERO][lowest], (ONE, ZERO)),
+            ours=True,
+        ),
+        *(Judged(f"Zero is better than a start at {o[4:]}.", better(o), ours=True) for o in others),
+    )
+    caveats = []
+    for name, errors_at in found.items():
+        means = {rate: statistics.fmean(errors) for rate, errors in errors_at.items()}
+        better_at = min(means, key=lambda rate: means[rate])
+        if means[better_at] < means[select(runs, stage=EVALUATION, arm=name)[0].trial.rate]:
+            caveats.append(
+                f"For {name} the sweep did not find the best rate for the evaluation's seeds: at "
+                f"{better_at:g}, {means[better_at]:.1%} came out wrong."
             )
-            for start in settings.starts
-            if arm(start) not in (ONE, ZERO)
-        },
-    }
-    soon = {
-        name: statistics.median(step or settings.steps for step in _values(runs, "early", name))
-        for name in (ONE, ZERO)
-    }
+        if highest in limits[name]:
+            caveats.append(
+                f"With {name} the network still learned at {highest:g}, the largest rate tried: "
+                "its limit lies higher."
+            )
+        if never := limits[name].count(None):
+            caveats.append(
+                f"With {name}, {never} of {counted(settings.seeds, 'seed')} learned at no rate; "
+                f"counted as {below:g}, below all that were tried."
+            )
     return Findings(
         summary=(
             f"With the last γ of each branch at 0 instead of 1, a residual network of "
-            f"{settings.blocks} blocks got {mean(ZERO)} of the test rows wrong instead of "
-            f"{mean(ONE)}, each at its best learning rate; its loss was half of a guess's after "
-            f"{soon[ZERO]:g} steps instead of {soon[ONE]:g}. At {high:g} for both: "
-            f"{mean(ZERO, LARGEST)} and {mean(ONE, LARGEST)}; at {low:g}, "
-            f"{mean(ZERO, SMALLEST)} and {mean(ONE, SMALLEST)}."
+            f"{settings.blocks} blocks got {error[ZERO]} of the test rows wrong instead of "
+            f"{error[ONE]}, each at its best learning rate; with a γ of 1 and first outputs made "
+            f"as small, {error[MATCHED]}. Its loss was half of a guess's after {soon[ZERO]:g} "
+            f"steps, theirs after {soon[ONE]:g} and {soon[MATCHED]:g}. The largest rate at which "
+            f"it learned was {_reach(limits[ZERO])} instead of {_reach(limits[ONE])}. At "
+            f"{lowest:g}, the smallest, {small[ZERO]} came out wrong instead of {small[ONE]}."
         ),
         verdict=verdict,
         table=Table(
-            ("start", "best rate", best.columns[2], f"at {low:g}", f"at {high:g}"),
+            ("start", "best rate", best.columns[2], "steps", "largest rate"),
             tuple(
-                (*row, mean(name, SMALLEST), mean(name, LARGEST))
-                for name, row in zip(names, best.rows, strict=True)
+                (*row, f"{soon[row[0]]:g}", _reach(limits[row[0]]) if row[0] in limits else "–")
+                for row in best.rows
             ),
         ),
         recipe=(
             f"{settings.blocks} blocks relu(x + BN(W·relu(BN(V·x)))) of {settings.width} units "
             "between a normalized dense layer and a dense head; weights are normal draws with the "
             "variance 2/fan-in. The arms differ in the γ of each block's last BN at the start, and "
-            "in nothing else; all γ are trained.",
+            "but for the one below in nothing else; all γ are trained.",
+            f"{MATCHED}: at 1 the branches add up, and the first outputs and with them the first "
+            "losses are large. Here the head's weights are scaled at the start so that the outputs "
+            "are as large as with a γ of 0 (root mean square, over the training rows).",
             f"SGD with momentum 0.9 on batches of {settings.batch}, {settings.steps} steps, the "
             "rate falling to zero by a cosine.",
             f"Learning rates, tuned for each arm by itself: "
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}, "
-            f"{counted(settings.tuning_seeds, 'seed')} for each. The largest rate at which any arm "
-            f"learned is the one at which at most {settings.learned:.0%} of the test rows came out "
-            "wrong in this sweep.",
-            f"How soon the loss falls: the first step at which the training loss, a mean of "
-            f"{WINDOW} steps, is at most half of log(classes), a guess's; {settings.steps} if it "
-            "never is.",
+            f"{counted(settings.tuning_seeds, 'seed')} for each. {tuning.HOW}",
+            f"The largest rate: {ONE} and {ZERO} are trained at every rate with the evaluation's "
+            "seeds, and for each seed it is the largest at which at most "
+            f"{settings.learned:.0%} of the test rows came out wrong; smaller ones may have "
+            "failed.",
+            f"Steps: the first step at which the training loss, a mean of {WINDOW} steps, is at "
+            f"most half of log(classes), a guess's; {settings.steps} if it never is. At each arm's "
+            "best rate, median of the seeds.",
         ),
-        caveats=(*tuning.edges(runs, settings.rates), *verdict.caveats()),
+        caveats=(*caveats, *tuning.edges(runs, settings.rates), *verdict.caveats()),
         not_shown=(
             "What it does beside a warm-up: the source raises the rate slowly at the start, which "
             "may help a start at 1 in the same way; here no arm has one.",
             "Anything about large minibatches, which the source is about: the batch is "
             f"{settings.batch} throughout.",
-            "That it must be zero: it is a way to make branches small, and small outputs of the "
-            "untrained network with them. The full profile tries one other small start.",
+            "That it must be zero: it is a way to make branches small. The full profile tries one "
+            "other small start.",
         ),
-        also=tuple(Judged(claim, outcome) for claim, outcome in also.items()),
+        also=also,
     )
 
 
@@ -265,31 +367,21 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
 
 
 def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
-    """Draw the loss by step at each arm's best rate, and the sweep."""
+    """Draw the loss by step at each arm's best rate, and the error by rate."""
     from batchnorm.lab import plots
 
-    names = [arm(start) for start in settings.starts]
+    names = _arms(settings)
     steps = list(range(WINDOW, settings.steps + 1))
     level = select(runs, stage=EVALUATION)[0].measured["level"]
     rates = [f"{select(runs, stage=EVALUATION, arm=n)[0].trial.rate:g} ({n})" for n in names]
-
-    several = settings.tuning_seeds > 1
-
-    def swept(name: str) -> list[list[float]]:
-        """A row a tuning seed."""
-        of_arm = select(runs, stage=SWEEP, arm=name)
-        seeds = dict.fromkeys(r.trial.seed for r in of_arm)
-        by = {(r.trial.seed, r.trial.rate): r.measured["error"] for r in of_arm}
-        return [[by[seed, rate] for rate in settings.rates] for seed in seeds]
-
+    errors = {name: by_rate(settings, runs, name).values() for name in (ONE, ZERO)}
     return [
         Picture(
             "loss",
             "Training loss by step",
             "See where each line starts, and where it crosses the dotted one, half of what a guess "
-            "costs. Each arm is at its "
-            f"best rate: {', '.join(rates)}. Means of {WINDOW} steps. Lines: median of "
-            f"{counted(settings.seeds, 'seed')}; bands: lowest to highest seed.",
+            "costs: from 1 the first outputs are large, which a small head undoes. Each arm is at "
+            f"its best rate: {'; '.join(rates)}. Means of {WINDOW} steps. {bands(settings.seeds)}",
             plots.curves(
                 {
                     n: (
@@ -309,14 +401,14 @@ def figures(settings: ZeroGammaSettings, runs: Runs) -> list[Picture]:
         Picture(
             "rates",
             "Test error by learning rate",
-            "See which rates each start bears, and which arm is ahead at small ones. Lines: "
-            f"{'median of ' if several else ''}the sweep's "
-            f"{counted(settings.tuning_seeds, 'seed')}"
-            f"{'; bands: lowest to highest' if several else ''}.",
+            "See how far to the right each line stays below the dotted one at "
+            f"{settings.learned:.0%}, up to which a network counts as having learned, and which is "
+            f"lower on the left. {bands(settings.seeds)}",
             plots.curves(
-                {n: (settings.rates, swept(n)) for n in names},
+                {n: (settings.rates, list(zip(*errors[n], strict=True))) for n in errors},
                 xlabel="learning rate (log scale)",
                 ylabel="test error",
+                level=settings.learned,
                 marks=True,
             ),
         ),
@@ -327,7 +419,7 @@ EXPERIMENT = Experiment(
     name="zero-gamma",
     claim="A last γ of zero in each residual branch at the start helps deep residual networks.",
     source="Goyal et al. 2017, “Accurate, large minibatch SGD” (arXiv:1706.02677)",
-    recipe=1,
+    recipe=2,
     trial=ZeroGammaTrial,
     profiles=PROFILES,
     plan=plan,
