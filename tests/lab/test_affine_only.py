@@ -76,6 +76,14 @@ def test_what_is_trained_and_what_keeps_its_first_value(kind):
         assert not torch.equal(first[last] != other.state_dict()[last], changed[last])
 
 
+def test_the_sweep_sees_nothing_of_the_test_rows():
+    data, swept = load("digits"), trial(a.AFFINE, stage=SWEEP)
+    other = dataclasses.replace(data, x_test=data.x_test * 0)
+    assert a.run(swept, data).measured == a.run(swept, other).measured
+    t = trial(a.AFFINE)
+    assert a.run(t, data).measured != a.run(t, other).measured
+
+
 def test_all_arms_of_a_seed_begin_with_the_same():
     nets = [a.build(trial(kind), 1, 10)[0] for kind in a.KINDS]
     first = nets[0].state_dict()
@@ -172,11 +180,11 @@ def test_as_claimed():
     runs = made_up(levels(0.01, 0.09, 0.3, 0.18), {a.AFFINE: [0.3] * 8, a.ALL: [0.02] * 8})
     found = a.analyse(MADE_UP, runs)
     assert outcomes(found) == ["reproduced"] * 5
-    assert found.verdict.mean == pytest.approx(0.21)
-    assert found.also[0].verdict.mean == pytest.approx(0.09)
-    assert found.also[1].verdict.mean == pytest.approx(0.28)
-    assert found.also[2].verdict.mean == pytest.approx(0.07)
-    assert found.also[3].verdict.mean == pytest.approx(0.06)
+    assert found.verdict.mean == pytest.approx(21)
+    assert found.also[0].verdict.mean == pytest.approx(9)
+    assert found.also[1].verdict.mean == pytest.approx(28)
+    assert found.also[2].verdict.mean == pytest.approx(7)
+    assert found.also[3].verdict.mean == pytest.approx(6)
     assert "ResNet-8 got 9.7% of the test rows wrong; with 1,000 random weights" in found.summary
     assert "instead, 30.7%; with the head's 1,000 parameters, 18.7%; with every" in found.summary
     assert "Below 0.01 ended 30.0% of the |γ|" in found.summary

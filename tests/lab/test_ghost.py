@@ -23,6 +23,8 @@ def test_rehearsal():
     runs, findings = rehearse(g.EXPERIMENT, TINY)
     assert len(runs) == 4 * (2 + 2)
     assert len(findings.also) == 2
+    claims = [g.EXPERIMENT.claim, *(also.claim for also in findings.also)]
+    assert not any(c.isdigit() for claim in claims for c in claim)  # the same in all profiles
 
 
 def trial(name, **fields):
@@ -48,6 +50,16 @@ def test_run_equals_the_same_training_written_with_torchs_own_parts(name, batch,
     found = g.run(trial(name), data).measured
     # float32 rounding, grown over 24 steps; one test image is 0.002.
     assert found["error"] == pytest.approx(lab_by_hand.error(net, data), abs=0.0041)
+    fitted = dataclasses.replace(data, x_test=data.x_train, y_test=data.y_train)
+    assert found["training_error"] == pytest.approx(lab_by_hand.error(net, fitted), abs=0.0041)
+
+
+def test_the_sweep_sees_nothing_of_the_test_rows():
+    data = load("digits")
+    swept = dataclasses.replace(trial(g.arm(32)), stage=SWEEP)
+    other = dataclasses.replace(data, x_test=data.x_test * 0)
+    assert g.run(swept, data).measured == g.run(swept, other).measured
+    assert g.run(trial(g.arm(32)), data).measured != g.run(trial(g.arm(32)), other).measured
 
 
 def test_data_with_less_than_a_batch_is_refused_in_words():
@@ -57,13 +69,17 @@ def test_data_with_less_than_a_batch_is_refused_in_words():
         g.run(trial(g.WHOLE), data)
 
 
+FITTED = {g.WHOLE: 0.003, g.arm(8): 0.012}
+
+
 def made(errors, settings=SETTINGS, best=0.1):
     """Made-up runs by the real plan; other rates are worse. A tuple has an error a seed."""
 
     def run(t, data):
         error = errors[t.arm]
         value = error[t.seed % 1000 % len(error)] if isinstance(error, tuple) else error
-        return Run(t, {"error": value + (t.rate != best)}, {})
+        fitted = FITTED.get(t.arm, 0.001) if t.stage == EVALUATION else 1.0
+        return Run(t, {"error": value + (t.rate != best), "training_error": fitted}, {})
 
     return planned(dataclasses.replace(g.EXPERIMENT, run=run), settings, data=object())
 
@@ -93,16 +109,19 @@ def test_plan_tunes_every_arm_and_pairs_the_seeds():
 def test_groups_that_help():
     found = g.analyse(SETTINGS, made(errors(0.011, 0.04, 0.03, (0.02, 0.021, 0.022), 0.01)))
     assert outcomes(found) == [REPRODUCED] * 3
-    assert found.verdict.differences == pytest.approx([0.02, 0.019, 0.018])
-    assert found.also[0].verdict.mean == pytest.approx(0.029)
-    slope, _ = np.polyfit(np.log2([8, 32, 160, 640]), [0.01, 0.021, 0.03, 0.04], 1)
+    assert found.verdict.differences == pytest.approx([2, 1.9, 1.8])
+    assert found.also[0].verdict.mean == pytest.approx(2.9)
+    slope, _ = np.polyfit(np.log2([8, 32, 160, 640]), [1, 2.1, 3, 4], 1)
     assert found.also[1].verdict.mean == pytest.approx(slope)
     assert "as a whole, 4.0% of the test rows came out wrong; in groups of 32, 2.1%." in (
         found.summary
     )
     assert "with batches of 32 for as many epochs, it was 1.1%" in found.summary
-    assert f"each doubling added {100 * slope:+.2f} points" in found.summary
-    assert found.table.rows[3] == ("groups of 32", "0.1", "2.1% (2.0%–2.2%)")
+    assert f"each doubling added {slope:+.2f} points" in found.summary
+    assert "Of the training rows, 0.1% to 1.2% came out wrong, by arm." in found.summary
+    assert found.table.columns[3] == "training error"
+    assert found.table.rows[1] == ("whole batch", "0.1", "4.0% (4.0%–4.0%)", "0.3%")
+    assert found.table.rows[3] == ("groups of 32", "0.1", "2.1% (2.0%–2.2%)", "0.1%")
     assert "in 1600 steps" in found.recipe[2]
     (few,) = found.caveats
     assert few.startswith("3 seeds are few")

@@ -21,7 +21,7 @@ SETTINGS = dataclasses.replace(r.PROFILES["quick"], seeds=3, rates=(0.1, 1.0, 10
 def test_rehearsal():
     runs, findings = rehearse(r.EXPERIMENT, TINY)
     assert len(runs) == 2 * 3 * 2
-    assert len(findings.also) == 4
+    assert [also.ours for also in findings.also] == [False, False, True]
 
 
 def trial(arm, **fields):
@@ -84,12 +84,11 @@ HIGH = {0.1: 0.3, 1.0: 0.98, 10.0: 0.1}
 def test_a_rate_ten_times_larger_is_a_decade():
     found = r.analyse(SETTINGS, made(LOW, HIGH))
     assert found.verdict.differences == pytest.approx([1, 1, 1])
-    best, larger, without, small = (also.verdict.mean for also in found.also)
-    assert best == pytest.approx(0.98 - 0.95)
-    assert larger == pytest.approx(0.98 - 0.3)
-    assert without == pytest.approx(0.3 - 0.95)
-    assert small == pytest.approx(0.3 - 0.95)
-    assert outcomes(found) == [REPRODUCED] * 3 + [CONTRADICTED] * 2
+    best, shared, small = (also.verdict.mean for also in found.also)
+    assert best == pytest.approx(98 - 95)
+    assert shared == pytest.approx(95 - 30)  # for the claim: the normalized one is the worse
+    assert small == pytest.approx(30 - 95)
+    assert outcomes(found) == [REPRODUCED] * 3 + [CONTRADICTED]
     assert found.table.rows == (
         ("plain", "0.1", "0.1", "95.0%", "95.0%"),
         ("BatchNorm", "1", "1", "98.0%", "30.0%"),
@@ -107,12 +106,25 @@ def test_a_rate_ten_times_larger_is_a_decade():
 def test_the_other_way_round_contradicts():
     found = r.analyse(SETTINGS, made(HIGH, LOW))
     assert found.verdict.differences == pytest.approx([-1, -1, -1])
-    # Its best rate is smaller than the plain one's, and still the better one for it.
-    assert outcomes(found) == [CONTRADICTED, CONTRADICTED, REPRODUCED, CONTRADICTED, REPRODUCED]
+    # At the plain network's best rate, larger than its own, the normalized one is worse here, too.
+    assert outcomes(found) == [CONTRADICTED, CONTRADICTED, REPRODUCED, REPRODUCED]
+
+
+def test_better_at_the_shared_rate_contradicts_that_the_gain_is_the_larger_rates():
+    found = r.analyse(SETTINGS, made(LOW, {0.1: 0.97, 1.0: 0.98, 10.0: 0.1}))
+    assert outcomes(found) == [REPRODUCED, REPRODUCED, CONTRADICTED, REPRODUCED]
+
+
+def test_claims_are_one_sentence_in_all_profiles():
+    def claims(settings):
+        return [also.claim for also in r.analyse(settings, made(LOW, HIGH, settings)).also]
+
+    fewer = dataclasses.replace(SETTINGS, rates=SETTINGS.rates[1:], steps=7)
+    assert claims(SETTINGS) == claims(fewer)
 
 
 def test_no_difference_is_unresolved():
-    assert outcomes(r.analyse(SETTINGS, made(LOW, LOW))) == [UNRESOLVED] * 5
+    assert outcomes(r.analyse(SETTINGS, made(LOW, LOW))) == [UNRESOLVED] * 4
 
 
 def test_no_seed_has_a_say_in_the_rate_that_it_is_judged_at():
@@ -124,15 +136,10 @@ def test_no_seed_has_a_say_in_the_rate_that_it_is_judged_at():
     assert r.best_for_others(r.by_rate(SETTINGS, runs, r.NORMALIZED)) == [0.1, 1.0, 10.0]
     assert r.best_for_others(r.by_rate(SETTINGS, runs, r.PLAIN)) == [1.0, 10.0, 0.1]
     found = r.analyse(SETTINGS, runs)
-    best, larger, without, _ = (also.verdict.differences for also in found.also)
+    best, shared, _ = (also.verdict.differences for also in found.also)
     assert best == pytest.approx([0, 0, 0])
-    assert larger == pytest.approx([low - high] * 3)
-    assert without == pytest.approx([high - low] * 3)
-    assert [also.verdict.outcome for also in found.also[:3]] == [
-        UNRESOLVED,
-        CONTRADICTED,
-        REPRODUCED,
-    ]
+    assert shared == pytest.approx([100 * (low - high)] * 3)
+    assert outcomes(found)[1:3] == [UNRESOLVED, CONTRADICTED]
     assert found.table.rows[1][2:4] == ("1 (0.1–10)", "40.0%")
 
 
@@ -174,6 +181,6 @@ def test_figures_draw_medians_and_leave_out_what_diverged():
 def test_one_seed_has_no_verdict_and_no_band():
     settings = dataclasses.replace(SETTINGS, seeds=1)
     found = r.analyse(settings, made(LOW, HIGH, settings))
-    assert outcomes(found) == [UNRESOLVED] * 5
-    assert "of 1 seed." in found.summary
+    assert outcomes(found) == [UNRESOLVED] * 4
+    assert "the middle one of 1 seed " in found.summary
     assert "One seed." in r.figures(settings, made(LOW, HIGH, settings))[0].see

@@ -64,7 +64,8 @@ PROFILES = {
 def run(trial: RatesTrial, data: Dataset) -> Run[RatesTrial]:
     """Plain SGD at a constant rate; the test accuracy at the end, and the last steps' mean loss.
 
-    A network that diverged gives NaN for every row, which counts as the first class: chance.
+    A network that diverged gives NaN for every row, which counts as the first class: that is
+    chance only where the classes are of one size.
     """
     x, y, x_test, y_test = training.tensors(data)
     net = networks.mlp(
@@ -149,7 +150,7 @@ def _reach(rates: Sequence[float | None]) -> str:
 
 
 def analyse(settings: RatesSettings, runs: Runs) -> Findings:
-    """Judge the largest rate that learns, then accuracies at best rates and at shared ones."""
+    """Judge the largest rate that learns, then accuracies at best rates and at a shared one."""
     level, lowest = f"{settings.threshold:.0%}", settings.rates[0]
     found = {arm: by_rate(settings, runs, arm) for arm in ARMS}
     limits = {arm: largest(found[arm], settings.threshold) for arm in ARMS}
@@ -165,7 +166,8 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
         return [found[arm][rate][i] for i, rate in enumerate(rates)]
 
     def better(control: Sequence[float], treated: Sequence[float]) -> Verdict:
-        return judge(control, treated, unit="of accuracy", higher_is_better=True)
+        points = [[100 * accuracy for accuracy in side] for side in (control, treated)]
+        return judge(*points, unit="points of accuracy", higher_is_better=True)
 
     best = {arm: at(arm, chosen[arm]) for arm in ARMS}
     shared = at(NORMALIZED, chosen[PLAIN])
@@ -199,7 +201,8 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
         summary=(
             f"The largest learning rate at which the network got to {level} test accuracy was "
             f"{_reach(limits[PLAIN])} without and {_reach(limits[NORMALIZED])} with BatchNorm: "
-            f"median and range of {counted(settings.seeds, 'seed')}. At its best rate the plain "
+            f"the middle one of {counted(settings.seeds, 'seed')} (of an even number, the lower of "
+            "the middle two) and, where seeds differ, the range. At its best rate the plain "
             f"network got to {rows[0][3]}, the normalized one to {rows[1][3]} (at the plain "
             f"one's best rate, to {statistics.fmean(shared):.1%}). At {lowest:g}, the smallest "
             f"rate, {settings.steps} steps brought the plain network to {rows[0][4]}, the "
@@ -217,9 +220,12 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             "Both networks of a seed start from the same normal draws and see the same batches.",
             f"Rates: {', '.join(f'{rate:g}' for rate in settings.rates)}, each with "
             f"{counted(settings.seeds, 'seed')}. The largest is the one at which the test "
-            f"accuracy at the end is {level} or more; smaller ones may have failed.",
+            f"accuracy at the end is {level} or more; smaller ones may have failed. A network that "
+            "diverged puts every row in the first class.",
             "The best rate for a seed is the one with the best mean accuracy of all the other "
-            "seeds: none chooses the rate that it is judged at.",
+            "seeds, on the test rows: none chooses the rate that it is judged at. Where seeds "
+            "differ, tables have the middle rate, of an even number the lower of the middle two, "
+            "and the range.",
         ),
         caveats=(*caveats, *verdict.caveats()),
         not_shown=(
@@ -238,19 +244,14 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
                 better(best[PLAIN], best[NORMALIZED]),
             ),
             Judged(
-                "The larger rate is what helps: the normalized network is more accurate at its own "
-                "best rate than at the plain network's.",
-                better(shared, best[NORMALIZED]),
+                "The gain comes with the larger rate: at the plain network's best rate, the "
+                "normalized network is no better than the plain one.",
+                better(shared, best[PLAIN]),
             ),
             Judged(
-                "Normalization helps without a larger rate, too: at the plain network's best rate, "
-                "the normalized one is more accurate.",
-                better(best[PLAIN], shared),
-            ),
-            Judged(
-                f"At a small rate that both share, BatchNorm learns faster: at {lowest:g}, it is "
-                f"more accurate after {settings.steps} steps.",
+                "At the smallest rate tried, the normalized network learns faster, too.",
                 better(small[PLAIN], small[NORMALIZED]),
+                ours=True,
             ),
         ),
     )
