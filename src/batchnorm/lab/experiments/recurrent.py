@@ -67,8 +67,9 @@ class RecurrentSettings(Settings):
     threshold: float = 0.8
     hidden: int = 32
     batch: int = 64
-    # In one step: digits are then sequences of 16, which a plain LSTM can learn, too.
-    pixels: int = 4
+    # In one step: digits are then sequences of 32. At 16, in trials on other seeds, what BN gains
+    # was lost among them; 64 take longer than a quick profile has.
+    pixels: int = 2
     # The source's; without it, the best learning rates lie near those that diverge.
     clip: float = 1.0
 
@@ -95,8 +96,8 @@ PROFILES = {
     "quick": RecurrentSettings(
         seeds=4,
         tuning_seeds=2,
-        rates=(0.1, 0.3, 1.0, 3.0),
-        steps=300,
+        rates=(0.1, 0.3, 1.0),
+        steps=200,
         cases=(PERMUTED,),
         arms=(PLAIN, SMALL),
     ),
@@ -104,7 +105,7 @@ PROFILES = {
         seeds=8,
         tuning_seeds=2,
         rates=(0.03, 0.1, 0.3, 1.0, 3.0),
-        steps=400,
+        steps=300,
         cases=(PERMUTED, ORDERED, ORTHOGONAL),
     ),
 }

@@ -117,9 +117,10 @@ def _tanh(trial: GammaTrial, x: Tensor, h: Tensor, draws: torch.Generator) -> li
 def _lstm(trial: GammaTrial, x: Tensor, h: Tensor, draws: torch.Generator) -> list[Tensor]:
     """The states of the library's own layer; weights as torch draws them for any LSTM."""
     parts = () if trial.network == PLAIN else PARTS
-    lstm = BatchNormLSTM(
-        1, trial.hidden, gamma=trial.gamma, normalize=parts, bias=False, dtype=torch.float64
-    )
+    with torch.random.fork_rng():  # its own initialization draws from the global generator
+        lstm = BatchNormLSTM(
+            1, trial.hidden, gamma=trial.gamma, normalize=parts, bias=False, dtype=torch.float64
+        )
     bound = 1 / math.sqrt(trial.hidden)
     for weight in (lstm.weight_ih_l0, lstm.weight_hh_l0):
         nn.init.uniform_(weight, -bound, bound, generator=draws)  # type: ignore[arg-type]
