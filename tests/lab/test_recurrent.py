@@ -20,7 +20,6 @@ TINY = dataclasses.replace(
     rates=(0.3,),
     steps=4,
     every=2,
-    pixels=16,
     hidden=8,
     cases=(e.PERMUTED, e.ORTHOGONAL),
 )
@@ -218,24 +217,25 @@ def made_up(levels, settings=SETTINGS):
 
 def test_plan_tunes_each_arm_in_each_case():
     runs = made_up({})
-    assert len(runs) == 3 * 3 * (3 + 8)
+    assert len(runs) == 4 * 3 * (3 + 8)
     assert {r.trial.rate for r in runs if r.trial.stage == EVALUATION} == {0.3}
-    assert len([r for r in runs if r.trial.stage == SWEEP]) == 27
+    assert len([r for r in runs if r.trial.stage == SWEEP]) == 36
 
 
 @pytest.mark.parametrize(
     ("levels", "expected"),
     [
-        ({(e.PERMUTED, e.PLAIN): 0.5}, "ruuuuu"),
-        ({(e.PERMUTED, e.PLAIN): 0.7}, "cuuuuu"),
-        ({(e.PERMUTED, e.ONE): 0.5}, "uruuuu"),
-        ({(e.PERMUTED, e.ONE): 0.7}, "ucuuuu"),
-        ({(e.PERMUTED, e.POOLED): 0.5}, "uuruuu"),
-        ({(e.PERMUTED, e.POOLED): 0.7}, "uucuuu"),
-        ({"fast": e.SMALL}, "uuuruu"),
-        ({"fast": e.PLAIN}, "uuucuu"),
-        ({(e.ORDERED, e.PLAIN): 0.5}, "uuuuru"),
-        ({(e.ORTHOGONAL, e.PLAIN): 0.7}, "uuuuuc"),
+        ({(e.PERMUTED, e.PLAIN): 0.5}, "ruuuuuu"),
+        ({(e.PERMUTED, e.PLAIN): 0.7}, "cuuuuuu"),
+        ({(e.PERMUTED, e.ONE): 0.5}, "uruuuuu"),
+        ({(e.PERMUTED, e.ONE): 0.7}, "ucuuuuu"),
+        ({(e.PERMUTED, e.POOLED): 0.5}, "uuruuuu"),
+        ({(e.PERMUTED, e.POOLED): 0.7}, "uucuuuu"),
+        ({"fast": e.SMALL}, "uuuruuu"),
+        ({"fast": e.PLAIN}, "uuucuuu"),
+        ({(e.ORDERED, e.PLAIN): 0.5}, "uuuuruu"),
+        ({(e.ORTHOGONAL, e.PLAIN): 0.7}, "uuuuucu"),
+        ({(e.LONGER, e.PLAIN): 0.5}, "uuuuuur"),
     ],
 )
 def test_each_claim_is_judged_by_its_own_runs(levels, expected):
