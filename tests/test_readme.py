@@ -51,7 +51,9 @@ def test_make_targets_exist(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize(("name", "words"), [("README.md", "experiments"), ("README.zh.md", "个实验")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("README.md", "experiments"), ("README.zh.md", "个实验")]
+)
 def test_the_number_of_experiments_is_right(name, words):
     lab = pytest.importorskip("batchnorm.lab")
     assert f"{len(lab.discover())} {words}" in READMES[name]

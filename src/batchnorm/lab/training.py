@@ -86,6 +86,8 @@ def fit(
     momentum: float = 0.9,
     decay: bool = True,
     arrange: Callable[[Tensor], Tensor] | None = None,
+    clip: float = math.inf,
+    after: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train by SGD on the cross-entropy; return the losses.
 
@@ -100,6 +102,8 @@ def fit(
         momentum: of SGD.
         decay: the rate falls to zero by a cosine; else it stays.
         arrange: puts the row numbers of each batch in another order.
+        clip: longer gradients, over all parameters together, are cut to this norm.
+        after: is called with the number of steps done; it may look at the network, or change it.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, rate, momentum=momentum)
@@ -113,9 +117,22 @@ def fit(
         optimizer.zero_grad()
         loss = cross_entropy(net(x[chosen]), y[chosen])
         loss.backward()
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         losses.append(float(loss.detach()))
+        if after is not None:
+            after(step + 1)
     return losses
+
+
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows in near-equal parts of at most `ROWS`, so that none is a single row left over.
+
+    >>> [len(part) for part in chunks(torch.zeros(2001, 1))]
+    [667, 667, 667]
+    """
+    return x.tensor_split(math.ceil(len(x) / ROWS))
 
 
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
