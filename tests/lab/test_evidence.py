@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import pytest
 
 from batchnorm import lab
@@ -61,6 +61,6 @@ def test_the_committed_page_of_claims_is_of_these_results(tmp_path):
     lab.write_report(tmp_path)
     assert (tmp_path / "claims.md").read_text() == (EVIDENCE / "claims.md").read_text()
     made_with = results.read(EVIDENCE / "convergence").content["environment"]["matplotlib"]
-    if made_with == matplotlib.__version__:  # another one may draw a little differently
+    if made_with == mpl.__version__:  # another one may draw a little differently
         picture = tmp_path / "convergence" / "figures" / "accuracy.svg"
         assert picture.read_text() == (EVIDENCE.parent / "images" / "accuracy.svg").read_text()

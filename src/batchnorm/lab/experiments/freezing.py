@@ -90,7 +90,7 @@ def arm(size: int, way: str) -> str:
 
 def run(trial: FreezingTrial, data: Dataset) -> Run[FreezingTrial]:
     """Train on groups of a batch; the test error, normalized in each way the arm allows."""
-    x, y, x_test, y_test = training.tensors(data)
+    x, y, x_test, y_test = training.tensors(tuning.data_for(trial, data))
     size, freezes = int(trial.arm.rpartition("-")[2]), trial.arm.startswith(FROZEN)
     group = None if size == trial.batch else size
     net = networks.mlp(
@@ -212,7 +212,8 @@ def analyse(settings: FreezingSettings, runs: Runs) -> Findings:
             f"Learning rates, tuned for each size and each of the two trainings: "
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}, "
             f"{counted(settings.tuning_seeds, 'seed')} for each, by the error with running "
-            "averages, or the frozen statistics. The table has the two rates in brackets.",
+            f"averages, or the frozen statistics. {tuning.HOW} The table has the two rates in "
+            "brackets.",
         ),
         caveats=(*tuning.edges(runs, settings.rates), *verdict.caveats()),
         not_shown=(
@@ -289,7 +290,7 @@ EXPERIMENT = Experiment(
     claim="Trained with small batches, a network is better if population statistics are frozen for "
     "the end of training.",
     source="Wu & Johnson 2021, “Rethinking ‘Batch’ in BatchNorm” (arXiv:2105.07576)",
-    recipe=1,
+    recipe=2,
     trial=FreezingTrial,
     profiles=PROFILES,
     plan=plan,

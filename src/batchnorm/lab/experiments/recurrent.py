@@ -170,7 +170,7 @@ def run(trial: RecurrentTrial, data: Dataset) -> Run[RecurrentTrial]:
     In the evaluation also as training goes on, and at its end with statistics of all steps pooled,
     and how far each step is from these.
     """
-    x, y, x_test, y_test = training.tensors(data)
+    x, y, x_test, y_test = training.tensors(tuning.data_for(trial, data))
     x, x_test = sequences(trial, x), sequences(trial, x_test)
     length = x.shape[1]
     with torch.random.fork_rng():  # torch's own initialization draws from the global generator
@@ -321,7 +321,7 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
             "for the forget gate.",
             f"Learning rates, tuned for each arm by itself: "
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}, "
-            f"{counted(settings.tuning_seeds, 'seed')} for each.",
+            f"{counted(settings.tuning_seeds, 'seed')} for each. {tuning.HOW}",
         ),
         caveats=(*dict.fromkeys(caveats), *verdict.caveats()),
         not_shown=(
@@ -424,7 +424,7 @@ EXPERIMENT = Experiment(
     name="recurrent",
     claim="Batch normalization with statistics of each step and γ = 0.1 lets an LSTM learn better.",
     source="Cooijmans et al. 2016, “Recurrent batch normalization” (arXiv:1603.09025)",
-    recipe=2,
+    recipe=3,
     trial=RecurrentTrial,
     profiles=PROFILES,
     plan=plan,
