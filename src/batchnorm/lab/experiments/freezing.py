@@ -170,9 +170,8 @@ def analyse(settings: FreezingSettings, runs: Runs) -> Findings:
 
     def better(control: str, treated: str, of: int = size) -> Verdict:
         return judge(
-            _errors(runs, of, control),
-            _errors(runs, of, treated),
-            unit="of the test rows wrong",
+            *([100 * error for error in _errors(runs, of, way)] for way in (control, treated)),
+            unit="points fewer errors",
             names=(control, treated),
         )
 

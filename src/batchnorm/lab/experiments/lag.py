@@ -147,8 +147,10 @@ def analyse(settings: LagSettings, runs: Runs) -> Findings:
     end = (settings.epochs, settings.epochs)
 
     def better(momentum: float, rate: float, epochs: tuple[int, int]) -> Verdict:
-        running, exact = (_errors(runs, name, momentum, rate, epochs) for name in NAMES)
-        return judge(running, exact, unit="of the test rows wrong", names=NAMES)
+        running, exact = (
+            [100 * error for error in _errors(runs, name, momentum, rate, epochs)] for name in NAMES
+        )
+        return judge(running, exact, unit="points fewer errors", names=NAMES)
 
     def mean(name: str, momentum: float, rate: float, epochs: tuple[int, int]) -> str:
         return f"{statistics.fmean(_errors(runs, name, momentum, rate, epochs)):.1%}"

@@ -267,9 +267,8 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
 
     def better(other: str, case: str = first) -> Verdict:
         return judge(
-            _accuracies(runs, case, other),
-            _accuracies(runs, case, SMALL),
-            unit="of accuracy",
+            *([100 * share for share in _accuracies(runs, case, arm)] for arm in (other, SMALL)),
+            unit="points of accuracy",
             higher_is_better=True,
             names=(other, SMALL),
         )
