@@ -91,8 +91,8 @@ class RecurrentTrial(ArmTrial):
 Runs = Sequence[Run[RecurrentTrial]]
 
 PROFILES = {
-    # The best rate is hard to tell from the next, and a wrong one costs more than BN gains: so there
-    # are several seeds for each. The time that takes is γ = 1's.
+    # The best rate is hard to tell from the next, and a wrong one costs more than BN gains: so each
+    # has several seeds. The time that takes is γ = 1's.
     "quick": RecurrentSettings(
         seeds=8,
         tuning_seeds=3,
