@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, freeze
 from batchnorm.lab import networks, training
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
@@ -20,7 +20,7 @@ TINY = dataclasses.replace(
 
 
 def trial(name, **fields):
-    given = {"stage": EVALUATION, "seed": 3, "rate": 0.3, "steps": 20, "tail": 0.25, "batch": 64}
+    given = {"stage": EVALUATION, "seed": 3, "rate": 0.3, "steps": 20, "tail": 0.75, "batch": 64}
     return e.FreezingTrial(arm=name, **(given | fields), width=16, depth=2)
 
 
@@ -67,7 +67,7 @@ def written_out(t, size, freezes, x, y):
     optimizer = torch.optim.SGD(net.parameters(), t.rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t.steps)
     for step, rows in zip(range(t.steps), training.batches(len(x), 64, t.seed), strict=False):
-        if freezes and step == 15:
+        if freezes and step == 5:
             fix(net, x)
         optimizer.zero_grad()
         nn.CrossEntropyLoss()(net(x[rows]), y[rows]).backward()
@@ -103,6 +103,19 @@ def test_run_equals_the_same_training_written_out(size, freezes):
     fix(net, x)
     assert found[e.POPULATION] == pytest.approx(wrong(net, x_test, y_test), **near)
     assert set(found) == {e.OWN, e.RUNNING, e.POPULATION}
+
+
+def test_scale_and_shift_go_on_learning(monkeypatch):
+    seen = []
+
+    def spied(net, **options):
+        seen.append((net, {n: p.detach().clone() for n, p in net.named_parameters()}))
+        freeze(net, **options)
+
+    monkeypatch.setattr(e, "freeze", spied)
+    e.run(trial(e.arm(4, e.FROZEN)), load("digits"))
+    ((net, before),) = seen
+    assert not [n for n, p in net.named_parameters() if torch.equal(p, before[n])]
 
 
 def test_own_error_leaves_out_what_fills_no_batch_and_the_network_alone():

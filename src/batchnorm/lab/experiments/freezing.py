@@ -71,7 +71,7 @@ PROFILES = {
     ),
     "full": FreezingSettings(
         seeds=8,
-        tuning_seeds=2,
+        tuning_seeds=4,
         sizes=(4, 2, 8, 16, 64),
         rates=(0.01, 0.03, 0.1, 0.3, 1.0),
         steps=600,
