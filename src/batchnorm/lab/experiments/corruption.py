@@ -414,7 +414,7 @@ def figures(settings: CorruptionSettings, runs: Runs) -> list[Picture]:
                     }
                     for kind in STRENGTHS
                 },
-                xlabel="rows in a test batch (log scale)",
+                xlabel="rows in a batch (log scale)",
                 ylabel="test accuracy",
                 columns=2,
                 marks=True,
