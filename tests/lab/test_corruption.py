@@ -226,6 +226,7 @@ def test_a_kind_that_goes_the_other_way_does_not_hide_in_the_mean(kind):
     assert enough.outcome == "contradicted"
     assert enough.differences == pytest.approx([-5] * 8)
     assert order.outcome == "reproduced"
+    assert order.differences == pytest.approx([(3 * 40 + 25) / 4] * 8)
     counts = kind in ("noise", "blur")
     assert hard.outcome == ("contradicted" if counts else "reproduced")
     assert hard.differences == pytest.approx([-5 if counts else 10] * 8)
