@@ -35,8 +35,11 @@ SIZES = (100, 20, 4)
 
 TRAINED, RECALIBRATED, TENT = "as trained", "of all test rows", "TENT"
 
-#: Accuracy on clean data that may go before something counts as lost.
-TOLERANCE = 0.01
+#: Points of accuracy on clean data that may go before something counts as lost.
+TOLERANCE = 1
+
+#: Kinds with which sorted streams lost to the statistics of training in a pilot.
+HARD = ("noise", "blur")
 
 #: Added to a run's seed for the noise and for the order of the test rows.
 NOISE_OFFSET, STREAM_OFFSET = 3_000_000_000, 4_000_000_000
@@ -49,14 +52,14 @@ def batches_of(size: int) -> str:
     """The name of an arm.
 
     >>> batches_of(4), in_order(4)
-    ('batches of 4', 'sorted, batches of 4')
+    ('batches of 4', 'batches of 4, sorted')
     """
     return f"batches of {size}"
 
 
 def in_order(size: int) -> str:
     """The name of the arm whose stream is sorted by class."""
-    return f"sorted, batches of {size}"
+    return f"{batches_of(size)}, sorted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,10 @@ def tent(net: nn.Module, x: Tensor, *, steps: int, rate: float, size: int) -> nn
 
 
 def run(trial: CorruptionTrial, data: Dataset) -> Run[CorruptionTrial]:
-    """Train on clean images; accuracy of each arm by corruption, a number for each strength."""
+    """Train on clean images; accuracy of each arm by corruption, a number for each strength.
+
+    And how many classes a batch of each size holds in the sorted stream, on average.
+    """
     x, y, x_test, y_test = training.tensors(data, images=True)
     net = networks.resnet(x.shape[1], data.classes, BatchNorm, training.generator(trial.seed))
     training.fit(net, x, y, rate=trial.rate, steps=trial.steps, batch=trial.batch, seed=trial.seed)
@@ -168,7 +174,11 @@ def run(trial: CorruptionTrial, data: Dataset) -> Run[CorruptionTrial]:
             look(kind, images)
         sure = tent(net, images, steps=trial.tent_steps, rate=trial.tent_rate, size=SIZES[0])
         accuracy.setdefault(TENT, {})[kind] = [by_batch(sure, images, y_test, SIZES[0])]
-    return Run(trial, {"accuracy": accuracy}, {})
+    classes = {
+        str(size): statistics.fmean(len(part.unique()) for part in y_test[order].split(size))
+        for size in SIZES
+    }
+    return Run(trial, {"accuracy": accuracy, "classes": classes}, {})
 
 
 def plan(settings: CorruptionSettings, _: Runs) -> list[CorruptionTrial]:
@@ -195,62 +205,85 @@ def corrupted(runs: Runs, arm: str, *, strongest: bool = False) -> list[float]:
     return [statistics.fmean(v for k in STRENGTHS for v in a[k][first:]) for a in of_runs]
 
 
+def gains(runs: Runs, arm: str, kind: str) -> list[float]:
+    """Points of accuracy above the statistics of training, of a kind of images, by seed."""
+    of_runs = [r.measured["accuracy"] for r in runs]
+    return [
+        100 * (statistics.fmean(a[arm][kind]) - statistics.fmean(a[TRAINED][kind])) for a in of_runs
+    ]
+
+
 def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
     """Judge statistics of test batches against those of training, shuffled and sorted by class."""
-    large, middle, small = SIZES
-    of_batches = batches_of(large)
+    large, _, small = SIZES
+    of_batches, of_sorted = batches_of(large), in_order(large)
 
     def better(control: str, treated: str, *, strongest: bool = False) -> Verdict:
         return judge(
-            corrupted(runs, control, strongest=strongest),
-            corrupted(runs, treated, strongest=strongest),
-            unit="of the test rows right",
+            [100 * value for value in corrupted(runs, control, strongest=strongest)],
+            [100 * value for value in corrupted(runs, treated, strongest=strongest)],
+            unit="points of accuracy",
             higher_is_better=True,
             names=(control, treated),
         )
 
-    lost = [a - b for a, b in zip(clean(runs, TRAINED), clean(runs, of_batches), strict=True)]
+    def everywhere(arm: str, kinds: Sequence[str], sign: int = 1) -> Verdict:
+        """Judge the kind that speaks least for a gain (or, with a sign of -1, for a loss)."""
+        by_kind = [[sign * value for value in gains(runs, arm, kind)] for kind in kinds]
+        least = [min(values) for values in zip(*by_kind, strict=True)]
+        return judge(
+            [0.0] * len(least),
+            least,
+            unit="points of accuracy",
+            higher_is_better=True,
+            names=(TRAINED, arm),
+        )
+
+    lost = [-gain for gain in gains(runs, of_batches, CLEAN)]
     nothing_lost = judge(
         [TOLERANCE] * len(lost),
         lost,
-        unit="of accuracy on clean images",
+        unit="points of accuracy",
         names=("tolerance", "loss"),
     )
     verdict = better(TRAINED, of_batches)
 
-    def cell(values: list[float]) -> str:
-        return f"{statistics.fmean(values):.1%} ({min(values):.1%}–{max(values):.1%})"
+    def share(values: Sequence[float]) -> str:
+        return f"{statistics.fmean(values):.1%}"
 
     def mean(arm: str, *, strongest: bool = False) -> str:
-        return f"{statistics.fmean(corrupted(runs, arm, strongest=strongest)):.1%}"
+        return share(corrupted(runs, arm, strongest=strongest))
 
-    gains = {
-        kind: statistics.fmean(
-            statistics.fmean(r.measured["accuracy"][of_batches][kind])
-            - statistics.fmean(r.measured["accuracy"][TRAINED][kind])
-            for r in runs
-        )
-        for kind in STRENGTHS
-    }
-    most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+    def by_kind(arm: str) -> str:
+        found = {kind: statistics.fmean(gains(runs, arm, kind)) for kind in STRENGTHS}
+        kinds = sorted(found, key=found.__getitem__, reverse=True)
+        return ", ".join(f"{kind} {found[kind]:+.1f}" for kind in kinds)
+
+    def cell(arm: str, kind: str) -> str:
+        found = [100 * statistics.fmean(r.measured["accuracy"][arm][kind]) for r in runs]
+        spread = f"±{statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        return f"{statistics.fmean(found):.1f}{spread}"
+
+    def classes(size: int) -> str:
+        return f"{statistics.fmean(r.measured['classes'][str(size)] for r in runs):.1f}"
+
     arms = [TRAINED, RECALIBRATED, *(name(s) for name in (batches_of, in_order) for s in SIZES)]
     return Findings(
         summary=(
             f"Of corrupted images, networks got {mean(TRAINED)} right with the statistics of "
-            f"training, {mean(of_batches)} with those of each test batch of {large} and "
-            f"{mean(batches_of(small))} with batches of {small}. The batches of {large} made the "
-            f"largest difference with {most} ({gains[most]:+.1%}), the least with {least} "
-            f"({gains[least]:+.1%}). In a stream sorted by class, batches of {large} gave "
-            f"{mean(in_order(large))}, batches of {middle} {mean(in_order(middle))}. On clean "
-            "images the statistics of training gave "
-            f"{statistics.fmean(clean(runs, TRAINED)):.1%}, batches of {large} "
-            f"{statistics.fmean(clean(runs, of_batches)):.1%}. At the strongest corruptions, TENT "
-            f"had {mean(TENT)}, the same batches without it {mean(of_batches, strongest=True)}."
+            f"training and {mean(of_batches)} with those of each test batch of {large}, means over "
+            f"all kinds. By kind, the gain in points was: {by_kind(of_batches)}. With batches of "
+            f"{small} it was: {by_kind(batches_of(small))}. With batches of {large} in a stream "
+            f"sorted by class: {by_kind(of_sorted)}. On clean images the statistics of training "
+            f"gave {share(clean(runs, TRAINED))}, batches of {large} "
+            f"{share(clean(runs, of_batches))}, sorted {share(clean(runs, of_sorted))}. At the "
+            f"strongest corruptions, TENT had {mean(TENT)}, the same batches without it "
+            f"{mean(of_batches, strongest=True)}."
         ),
         verdict=verdict,
         table=Table(
-            ("statistics", "clean images right", "corrupted images right"),
-            tuple((arm, cell(clean(runs, arm)), cell(corrupted(runs, arm))) for arm in arms),
+            ("statistics (% right)", *(CLEAN, *STRENGTHS)),
+            tuple((arm, *(cell(arm, kind) for kind in (CLEAN, *STRENGTHS))) for arm in arms),
         ),
         recipe=(
             "A small residual CNN of three blocks with BatchNorm, trained on clean images: SGD "
@@ -263,20 +296,27 @@ def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
             f"its image is left {_listed('contrast', settings)}. Brightness: "
             f"{_listed('brightness', settings)} is added. Blur: by a Gaussian of "
             f"{_listed('blur', settings)} pixels. The strengths are those of ImageNet-C and, for "
-            "the blur, CIFAR-10-C; results are means over all of them.",
+            "the blur, CIFAR-10-C; results of a kind are means over its strengths (in the table "
+            "with the standard deviation over seeds).",
             f"Test batches of {', '.join(map(str, SIZES))}, in random order or sorted by class, "
-            "are normalized by their own statistics, of which no trace stays. "
+            "are normalized by their own statistics, of which no trace stays. Sorted, batches hold "
+            f"{', '.join(map(classes, SIZES))} classes on average: the fewer, the harder. "
             f"“{RECALIBRATED.capitalize()}”: the running statistics are replaced by those of the "
             "whole corrupted test set (recalibrate), which knows no order.",
             f"TENT, at the strongest corruptions only: {settings.tent_steps} steps of Adam at "
             f"{settings.tent_rate:g} on γ and β, against the entropy of what the network says of "
             f"test batches of {large}; the stream begins again where it ends. Then the stream is "
             "classified once more.",
+            "Where a claim is on several kinds at once, each seed counts with the kind that speaks "
+            f"least for it. {HARD[0].capitalize()} and {HARD[1]} were chosen for sorted streams "
+            "after a pilot.",
         ),
         caveats=verdict.caveats(),
         not_shown=(
             "That statistics of the test data make up for every shift: these corruptions change "
             "the mean and variance of pixels, which is what they can repair.",
+            "That the mean over kinds speaks for any one of them: another choice of corruptions "
+            "would have given another mean.",
             "Gains of the size found on ImageNet-C, or how a network fares that has been trained "
             "with corrupted images.",
             "The best that can be done with small batches or sorted streams: statistics can be "
@@ -285,26 +325,31 @@ def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
         ),
         also=(
             Judged(
-                f"Batches of {small} are enough to do better than the statistics of training.",
-                better(TRAINED, batches_of(small)),
+                f"Batches of {small} are enough to do better than the statistics of training with "
+                "every kind of corruption.",
+                everywhere(batches_of(small), list(STRENGTHS)),
+                ours=True,
             ),
             Judged(
-                f"On clean images batches of {large} cost at most {TOLERANCE:.0%} of accuracy.",
+                f"On clean images the statistics of test batches of {large} cost at most "
+                f"{TOLERANCE} point of accuracy.",
                 nothing_lost,
-            ),
-            *(
-                Judged(
-                    f"In a stream sorted by class, batches of {size} do worse than {name}.",
-                    better(in_order(size), arm),
-                )
-                for size, name, arm in (
-                    (large, "in random order", of_batches),
-                    (large, "the statistics of training", TRAINED),
-                    (middle, "the statistics of training", TRAINED),
-                )
+                ours=True,
             ),
             Judged(
-                "Where the corruptions are strongest, TENT does better than statistics alone.",
+                f"On corrupted images in a stream sorted by class, batches of {large} do worse "
+                "than in random order.",
+                better(of_sorted, of_batches),
+            ),
+            Judged(
+                f"In a stream sorted by class, batches of {large} do worse than the statistics of "
+                f"training, both with {HARD[0]} and with {HARD[1]}.",
+                everywhere(of_sorted, HARD, -1),
+                ours=True,
+            ),
+            Judged(
+                "Where the corruptions are strongest, TENT does better than the statistics of test "
+                "batches alone.",
                 better(of_batches, TENT, strongest=True),
             ),
         ),
@@ -332,13 +377,12 @@ def figures(settings: CorruptionSettings, runs: Runs) -> list[Picture]:
         of_runs = [r.measured["accuracy"][arm] for r in runs]
         return places, [accuracy[CLEAN] + accuracy[kind] for accuracy in of_runs]
 
-    def by_size(name: Any) -> Any:
+    def by_size(kind: str, name: Any) -> Any:
         sizes = sorted(SIZES)
-        return sizes, [
-            list(v) for v in zip(*(corrupted(runs, name(s)) for s in sizes), strict=True)
-        ]
+        of_runs = [r.measured["accuracy"] for r in runs]
+        return sizes, [[statistics.fmean(a[name(s)][kind]) for s in sizes] for a in of_runs]
 
-    arms = {TRAINED: TRAINED, of_batches: of_batches, "the same, sorted": in_order(large)}
+    arms = (TRAINED, of_batches, in_order(large))
     return [
         Picture(
             "strength",
@@ -347,10 +391,7 @@ def figures(settings: CorruptionSettings, runs: Runs) -> list[Picture]:
             "very same images in another order, lies low also where nothing is corrupted (0). "
             f"{bands}",
             plots.panels(
-                {
-                    kind: {name: by_strength(kind, arm) for name, arm in arms.items()}
-                    for kind in STRENGTHS
-                },
+                {kind: {arm: by_strength(kind, arm) for arm in arms} for kind in STRENGTHS},
                 xlabel="strength (0: clean)",
                 ylabel="test accuracy",
                 columns=2,
@@ -362,16 +403,20 @@ def figures(settings: CorruptionSettings, runs: Runs) -> list[Picture]:
             "batches",
             "Accuracy on corrupted images by the size of test batches",
             "See where the lines of test batches are above that of the statistics of training, "
-            "which know no batches and no order, and where below. Mean over all corruptions. "
-            f"{bands}",
-            plots.curves(
+            "which know no batches and no order, and where below: it differs by kind. Mean over "
+            f"strengths. {bands}",
+            plots.panels(
                 {
-                    TRAINED: by_size(lambda _: TRAINED),
-                    "random order": by_size(batches_of),
-                    "sorted by class": by_size(in_order),
+                    kind: {
+                        TRAINED: by_size(kind, lambda _: TRAINED),
+                        "random order": by_size(kind, batches_of),
+                        "sorted by class": by_size(kind, in_order),
+                    }
+                    for kind in STRENGTHS
                 },
-                xlabel="rows in a test batch (log scale)",
+                xlabel="rows in a batch (log scale)",
                 ylabel="test accuracy",
+                columns=2,
                 marks=True,
             ),
         ),
@@ -384,7 +429,7 @@ EXPERIMENT = Experiment(
     "with those of training.",
     source="Schneider et al. 2020 (arXiv:2006.16971); Wang et al. 2021, “Tent” (arXiv:2006.10726); "
     "on sorted streams, Gong et al. 2022, “NOTE” (arXiv:2208.05117)",
-    recipe=1,
+    recipe=2,
     trial=CorruptionTrial,
     profiles=PROFILES,
     plan=plan,

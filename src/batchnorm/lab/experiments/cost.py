@@ -35,6 +35,11 @@ STACK, RESNET = "conv", "ResNet"
 
 PLAIN, TORCHS, OURS = "plain", "torch's", "BatchNorm"
 FUSED, RECOMPUTED, FOLDED = "fused ReLU", "recomputed", "folded"
+CHECKPOINTED = "plain, checkpointed"
+
+#: What is measured of a network, and of a stack of convolutions besides.
+EVERYWHERE = (PLAIN, TORCHS, OURS)
+STACKS = (PLAIN, CHECKPOINTED, TORCHS, OURS, FUSED, RECOMPUTED)
 
 KEPT, STEP, INFERENCE = "kept", "step", "inference"
 
@@ -106,14 +111,14 @@ def stack(
 ) -> nn.Sequential:
     """Convolutions, each followed by normalization (or none) and ReLU; a pool and a dense head.
 
-    Recomputed is all between the outputs of one convolution and of the next.
+    Recomputed (and checkpointed) is all between the outputs of one convolution and of the next.
     """
     layers: list[nn.Module] = []
     after: list[nn.Module] = []
     for index in range(depth):
         fan_in = width if index else channels
-        layer = networks.convolution(fan_in, width, generator, bias=arm == PLAIN)
-        if arm == RECOMPUTED and after:
+        layer = networks.convolution(fan_in, width, generator, bias=arm in (PLAIN, CHECKPOINTED))
+        if arm in (RECOMPUTED, CHECKPOINTED) and after:
             layers.append(Recomputed(*after, layer))
         else:
             layers += [*after, layer]
@@ -128,13 +133,17 @@ def stack(
 
 def norm_of(arm: str) -> networks.Norm:
     """What stands after each convolution."""
-    others: dict[str, networks.Norm] = {PLAIN: networks.nothing, TORCHS: nn.BatchNorm2d}
+    others: dict[str, networks.Norm] = {
+        PLAIN: networks.nothing,
+        CHECKPOINTED: networks.nothing,
+        TORCHS: nn.BatchNorm2d,
+    }
     return others.get(arm, BatchNorm)
 
 
 def arms_of(network: str) -> tuple[str, ...]:
     """The forms of a network that are trained; a residual one has sums before some ReLUs."""
-    return (PLAIN, TORCHS, OURS) if network == RESNET else (PLAIN, TORCHS, OURS, FUSED, RECOMPUTED)
+    return EVERYWHERE if network == RESNET else STACKS
 
 
 def build(trial: CostTrial, arm: str, channels: int, classes: int) -> nn.Sequential:
@@ -204,7 +213,7 @@ def run(trial: CostTrial, data: Dataset) -> Run[CostTrial]:
     kept = {arm: training.saved_bytes(net, loss_of(net)) for arm, net in nets.items()}
     steps = ratios({arm: step_of(net) for arm, net in nets.items()}, trial.rounds, 1, trial.seed)
     # Recomputing is for backward passes.
-    used = {arm: net for arm, net in nets.items() if arm != RECOMPUTED}
+    used = {arm: net for arm, net in nets.items() if arm not in (CHECKPOINTED, RECOMPUTED)}
     used[FOLDED] = fold(nets[OURS], x)
     calls = {arm: inference_of(net) for arm, net in used.items()}
     inference = ratios(calls, trial.rounds, REPEATS, trial.seed)
@@ -270,13 +279,22 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
         control, treated = by_seed(runs, what, arm), by_seed(runs, what, than)
         return judge(control, treated, unit=units[what], names=(arm, than))
 
+    def more_than_checkpoints() -> Verdict:
+        """Judge what recomputing adds to a step against what checkpoints add to a plain one."""
+        plain = [value - 1 for value in by_seed(runs, STEP, CHECKPOINTED)]
+        pairs = zip(by_seed(runs, STEP, RECOMPUTED), by_seed(runs, STEP, FUSED), strict=True)
+        added = [recomputed - kept for recomputed, kept in pairs]
+        return judge(added, plain, unit=units[STEP], names=(RECOMPUTED, CHECKPOINTED))
+
     def no_more(what: str, arm: str) -> Verdict:
         extra = [value - 1 for value in by_seed(runs, what, arm)]
         allowed = [TOLERANCE] * len(extra)
         return judge(allowed, extra, unit=units[what], names=("tolerance", "extra"))
 
-    def mean(what: str, arm: str) -> str:
-        return f"{statistics.fmean(by_seed(runs, what, arm)):.2f}"
+    stacks = [r for r in runs if r.trial.network == STACK]
+
+    def mean(what: str, arm: str, of: Runs = runs) -> str:
+        return f"{statistics.fmean(by_seed(of, what, arm)):.2f}"
 
     def cell(of: Runs, what: str, arm: str) -> str:
         values = _multiples(of, what, arm)
@@ -288,7 +306,7 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
     for network in settings.networks:
         of = _of(runs, network)
         kept = of[0].measured[KEPT]
-        for arm in (PLAIN, TORCHS, OURS, FUSED, RECOMPUTED, FOLDED):
+        for arm in (*STACKS, FOLDED):
             if arm in kept or arm == FOLDED:
                 mib = f"{kept[arm] / MIB:.2f}" if arm in kept else "–"
                 times = (
@@ -299,12 +317,16 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
     within = f"{TOLERANCE:.0%}"
     return Findings(
         summary=(
-            f"For the backward pass, networks with BatchNorm kept {mean(KEPT, OURS)} times the "
-            f"memory of plain ones, and {mean(KEPT, RECOMPUTED)} times if it was computed again "
-            f"there. A training step took {mean(STEP, OURS)} times as long ({mean(STEP, TORCHS)} "
-            f"times with torch's layer, {mean(STEP, FUSED)} with ReLU fused, "
-            f"{mean(STEP, RECOMPUTED)} recomputed), inference {mean(INFERENCE, OURS)} times, and "
-            f"{mean(INFERENCE, FOLDED)} times with BatchNorm folded into the convolutions."
+            f"Over all networks, those with BatchNorm kept {mean(KEPT, OURS)} times the memory of "
+            f"plain ones for the backward pass; a training step took {mean(STEP, OURS)} times as "
+            f"long ({mean(STEP, TORCHS)} times with torch's layer), inference "
+            f"{mean(INFERENCE, OURS)} times, and {mean(INFERENCE, FOLDED)} times with BatchNorm "
+            "folded into the convolutions. Over the stacks of convolutions alone, BatchNorm kept "
+            f"{mean(KEPT, OURS, stacks)} times the memory, {mean(KEPT, FUSED, stacks)} with ReLU "
+            f"fused, {mean(KEPT, RECOMPUTED, stacks)} if both were computed again; a step took "
+            f"{mean(STEP, OURS, stacks)}, {mean(STEP, FUSED, stacks)} and "
+            f"{mean(STEP, RECOMPUTED, stacks)} times as long as the plain one, which took "
+            f"{mean(STEP, CHECKPOINTED, stacks)} times as long with the same checkpoints."
         ),
         verdict=verdict,
         table=Table(
@@ -324,9 +346,12 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
             "the processor's time, of one thread. Times do not repeat exactly; those that were "
             "judged are in results.json.",
             f"“{FUSED}”: BatchNorm does ReLU, too. “{RECOMPUTED.capitalize()}”: so, and what lies "
-            "between the outputs of two convolutions is checkpointed. "
-            f"“{FOLDED.capitalize()}”: batchnorm.fold. Verdicts are on means over the networks; "
-            f"as nothing counts what is within {within}.",
+            "between the outputs of two convolutions is checkpointed (torch.utils.checkpoint). "
+            f"“{CHECKPOINTED}”: no BatchNorm, but the same checkpoints around ReLU: what these "
+            "cost by themselves. It is taken off where recomputing is judged: what that adds to a "
+            "step with fused BatchNorm, against what checkpoints add to a plain step. "
+            f"“{FOLDED.capitalize()}”: batchnorm.fold. Verdicts are on means over the networks "
+            f"that have the forms in question; as nothing counts what is within {within}.",
         ),
         caveats=(
             "What is kept does not depend on the seed: on memory the seeds agree because there is "
@@ -337,6 +362,8 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
             "The cost on a GPU, or on many cores: there arithmetic is cheaper against memory.",
             "The cost in a large network: a convolution's work grows with the square of its "
             "channels, the normalization's with their number.",
+            "What recomputing costs in large layers: torch's checkpoints cost much the same in "
+            "any, so they weigh most where, as here, layers are small.",
             "The most memory that is in use at any time: workspaces and gradients come on top.",
             "What is gained for that price: a network that learns faster may need fewer steps.",
         ),
@@ -345,6 +372,7 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
             Judged(
                 "A training step takes longer with torch's own layer than without.",
                 more(STEP, TORCHS),
+                ours=True,
             ),
             Judged(
                 "Computed again in the backward pass, BatchNorm keeps no more memory than a plain "
@@ -352,10 +380,16 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
                 no_more(KEPT, RECOMPUTED),
             ),
             Judged(
-                "A step that computes BatchNorm again takes longer than one that keeps it all.",
-                more(STEP, RECOMPUTED, FUSED),
+                "To compute BatchNorm again in the backward pass takes time, beyond that of the "
+                "checkpoints themselves.",
+                more_than_checkpoints(),
+                ours=True,
             ),
-            Judged("Inference takes longer with BatchNorm, not folded.", more(INFERENCE, OURS)),
+            Judged(
+                "Inference takes longer with BatchNorm, not folded.",
+                more(INFERENCE, OURS),
+                ours=True,
+            ),
             Judged(
                 f"Folded, BatchNorm costs nothing in inference (within {within}).",
                 no_more(INFERENCE, FOLDED),
@@ -378,7 +412,7 @@ def figures(settings: CostSettings, runs: Runs) -> list[Picture]:
         series = {
             f"{_name(network)}: {arm}": values
             for network in settings.networks
-            for arm in (TORCHS, OURS, FUSED, RECOMPUTED, FOLDED)
+            for arm in (*STACKS[1:], FOLDED)
             if (values := _multiples(_of(runs, network), what, arm))
         }
         return plots.strips(series, xlabel=xlabel, level=1)
@@ -415,7 +449,7 @@ EXPERIMENT = Experiment(
     source="Rota Bulò et al. 2018, “In-place activated BatchNorm” (arXiv:1712.02616), on memory; "
     "Brock et al. 2021 (arXiv:2102.06171), on time; Jacob et al. 2018 (arXiv:1712.05877), on "
     "folding",
-    recipe=1,
+    recipe=2,
     trial=CostTrial,
     profiles=PROFILES,
     plan=plan,
