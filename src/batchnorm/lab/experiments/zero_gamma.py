@@ -290,7 +290,10 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
             fewer(found[ONE][lowest], found[ZERO][lowest], (ONE, ZERO)),
             ours=True,
         ),
-        *(Judged(f"Zero is better than a start at {o[4:]}.", better(o), ours=True) for o in others),
+        *(
+            Judged(f"A last γ of zero is better than {o[4:]}.", better(o), ours=True)
+            for o in others
+        ),
     )
     caveats = []
     for name, errors_at in found.items():
