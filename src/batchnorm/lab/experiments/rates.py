@@ -203,9 +203,9 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             f"{_reach(limits[PLAIN])} without and {_reach(limits[NORMALIZED])} with BatchNorm: "
             f"lower median of {counted(settings.seeds, 'seed')}, and the range where seeds differ. "
             f"At its best rate the plain network got to {rows[0][3]}, the normalized one to "
-            f"{rows[1][3]} (at the plain one's best rate, to {statistics.fmean(shared):.1%}). At {lowest:g}, the smallest "
-            f"rate, {settings.steps} steps brought the plain network to {rows[0][4]}, the "
-            f"normalized one to {rows[1][4]}."
+            f"{rows[1][3]} (at the plain one's best rate, to {statistics.fmean(shared):.1%}). At "
+            f"{lowest:g}, the smallest rate, {settings.steps} steps brought the plain network to "
+            f"{rows[0][4]}, the normalized one to {rows[1][4]}."
         ),
         verdict=verdict,
         table=Table(
