@@ -118,7 +118,7 @@ def test_groups_that_help():
     )
     assert "with batches of 32 for as many epochs, it was 1.1%" in found.summary
     assert f"each doubling added {slope:+.2f} points" in found.summary
-    assert "Of the training rows, 0.1% to 1.2% came out wrong, by arm." in found.summary
+    assert "The training error at the end was 0.1% to 1.2%, by arm." in found.summary
     assert found.table.columns[3] == "training error"
     assert found.table.rows[1] == ("whole batch", "0.1", "4.0% (4.0%–4.0%)", "0.3%")
     assert found.table.rows[3] == ("groups of 32", "0.1", "2.1% (2.0%–2.2%)", "0.1%")

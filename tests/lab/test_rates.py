@@ -182,5 +182,5 @@ def test_one_seed_has_no_verdict_and_no_band():
     settings = dataclasses.replace(SETTINGS, seeds=1)
     found = r.analyse(settings, made(LOW, HIGH, settings))
     assert outcomes(found) == [UNRESOLVED] * 4
-    assert "the middle one of 1 seed " in found.summary
+    assert "lower median of 1 seed," in found.summary
     assert "One seed." in r.figures(settings, made(LOW, HIGH, settings))[0].see

@@ -170,14 +170,15 @@ def analyse(settings: GhostSettings, runs: Runs) -> Findings:
         for row in table.rows
     }
     low, high = (f"{end(fitted.values()):.1%}" for end in (min, max))
+    left = f"{low}, in every arm" if low == high else f"{low} to {high}, by arm"
     return Findings(
         summary=(
             f"With batches of {settings.batch} normalized as a whole, {mean(WHOLE)} of the test "
             f"rows came out wrong; in groups of {settings.headline}, {mean(group)}. Trained with "
             f"batches of {settings.headline} for as many epochs, it was {mean(few)}. From groups "
             f"of {min(by_size)} to the whole batch, each doubling added "
-            f"{statistics.fmean(rises):+.2f} points to the error. Of the training rows, "
-            f"{low if low == high else f'{low} to {high}'} came out wrong, by arm."
+            f"{statistics.fmean(rises):+.2f} points to the error. The training error at the end "
+            f"was {left}."
         ),
         verdict=verdict,
         table=Table(

@@ -201,12 +201,11 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
         summary=(
             f"The largest learning rate at which the network got to {level} test accuracy was "
             f"{_reach(limits[PLAIN])} without and {_reach(limits[NORMALIZED])} with BatchNorm: "
-            f"the middle one of {counted(settings.seeds, 'seed')} (of an even number, the lower of "
-            "the middle two) and, where seeds differ, the range. At its best rate the plain "
-            f"network got to {rows[0][3]}, the normalized one to {rows[1][3]} (at the plain "
-            f"one's best rate, to {statistics.fmean(shared):.1%}). At {lowest:g}, the smallest "
-            f"rate, {settings.steps} steps brought the plain network to {rows[0][4]}, the "
-            f"normalized one to {rows[1][4]}."
+            f"lower median of {counted(settings.seeds, 'seed')}, and the range where seeds differ. "
+            f"At its best rate the plain network got to {rows[0][3]}, the normalized one to "
+            f"{rows[1][3]} (at the plain one's best rate, to {statistics.fmean(shared):.1%}). At "
+            f"{lowest:g}, the smallest rate, {settings.steps} steps brought the plain network to "
+            f"{rows[0][4]}, the normalized one to {rows[1][4]}."
         ),
         verdict=verdict,
         table=Table(
@@ -224,8 +223,8 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             "diverged puts every row in the first class.",
             "The best rate for a seed is the one with the best mean accuracy of all the other "
             "seeds, on the test rows: none chooses the rate that it is judged at. Where seeds "
-            "differ, tables have the middle rate, of an even number the lower of the middle two, "
-            "and the range.",
+            "differ, the table has the lower median, which is a rate that was tried, and the "
+            "range.",
         ),
         caveats=(*caveats, *verdict.caveats()),
         not_shown=(
