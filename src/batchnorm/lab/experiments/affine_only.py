@@ -61,8 +61,8 @@ class AffineTrial(ArmTrial):
 Runs = Sequence[Run[AffineTrial]]
 
 PROFILES = {
-    # The arms' best rates lie two decades apart and more. Half-decades, so that no arm is far from its
-    # own; 48 runs of 70 steps are half a minute.
+    # The arms' best rates lie two decades apart and more. Half-decades, so that no arm is far from
+    # its own; 48 runs of 70 steps are half a minute.
     "quick": AffineSettings(
         seeds=4,
         tuning_seeds=1,
