@@ -69,7 +69,9 @@ def write(
         "findings": asdict(findings),
         "runs": [asdict(run) for run in runs],
     }
-    text = json.dumps(strict(content), allow_nan=False, ensure_ascii=False) + "\n"
+    # Without spaces: long curves are most of it.
+    text = json.dumps(strict(content), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text += "\n"
     write_atomically(directory / FILE, text)
     return Results(experiment, json.loads(text))
 

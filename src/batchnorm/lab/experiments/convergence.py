@@ -139,7 +139,7 @@ def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
             correct = (head(inputs).argmax(1) == y_test).sum().item()
         net.train()
         curves["step"].append(step)
-        curves["accuracy"].append(correct / len(y_test))
+        curves["accuracy"] += _short([correct / len(y_test)])
         if trial.stage == EVALUATION:
             curves["all_units"].append(_short(np.percentile(inputs, PERCENTILES)))
             curves["unit_0"].append(_short(np.percentile(inputs[:, 0], PERCENTILES)))
@@ -148,7 +148,7 @@ def run(trial: ConvergenceTrial, data: Dataset) -> Run[ConvergenceTrial]:
 
 
 def _short(values: Iterable[Any]) -> list[float]:
-    """Round to 6 digits what is drawn and not judged: all of 17 are most of the results' size."""
+    """Round to 6 digits, of which no accuracy needs more: 17 are most of the results' size."""
     return [float(f"{float(value):.6g}") for value in values]
 
 
