@@ -119,12 +119,14 @@ def run(trial: ShiftTrial, data: Dataset) -> Run[ShiftTrial]:
             landscape.descend(parameters, gradient, trial.rate)
             continue
         line = landscape.along(net, xs, ys, (loss, gradient), LENGTHS)
-        before, statistics_before = landscape.inputs(net, probe), landscape.statistics(net, probe)
+        before, held = landscape.inputs(net, probe), landscape.statistics(net, probe)
         changes = landscape.update(net, xs, ys, gradient, trial.rate)
         landscape.set_step(net, step + 1)
-        for name, held in (("shift", None), ("held", statistics_before)):
-            moved = landscape.moved(before, landscape.inputs(net, probe, held))
-            seen[name].append(_middle(moved))
+        shift = _middle(landscape.moved(before, landscape.inputs(net, probe)))
+        seen["shift"].append(shift)
+        if held:
+            shift = _middle(landscape.moved(before, landscape.inputs(net, probe, held)))
+        seen["held"].append(shift)
         seen["relative"].append(_middle(changes))
         for name in ("departure", "gradient", "smoothness"):
             seen[name].append(_middle([getattr(line, name)]))
