@@ -31,8 +31,8 @@ class BatchNormLSTM(nn.RNNBase):
 
     Each BN is a `BatchNorm` over the sequences of the batch, at one time: what an LSTM does at its
     first steps is unlike what it does later, and common statistics fit neither. So each step has
-    running statistics of its own, up to `max_length`; γ and β are common. γ starts small: at 1, the
-    tanh saturates and gradients vanish.
+    running statistics of its own, up to `max_length`; γ and β are common. γ starts small: at 1,
+    gradients vanish or explode on their way back.
 
     It is called as `torch.nn.LSTM` is, and gives what that gives. Sequences of different lengths
     come as a `PackedSequence`, or with a mask; where they have ended they count nowhere. Once fewer
