@@ -283,7 +283,8 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
         table = tuning.table(_of(runs, case), "accuracy", "test accuracy")
         columns = table.columns
         rows += [(case, *row) for row in table.rows]
-        caveats += tuning.edges(_of(runs, case), settings.rates)
+        found = tuning.edges(_of(runs, case), settings.rates)
+        caveats += [f"{CASES[case].words.capitalize()}: {caveat}" for caveat in found]
     mean = {
         (case, name): f"{statistics.fmean(_accuracies(runs, case, name)):.1%}"
         for case in settings.cases
@@ -322,7 +323,7 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
             f"{', '.join(f'{rate:g}' for rate in settings.rates)}, "
             f"{counted(settings.tuning_seeds, 'seed')} for each. {tuning.HOW}",
         ),
-        caveats=(*dict.fromkeys(caveats), *verdict.caveats()),
+        caveats=(*caveats, *verdict.caveats()),
         not_shown=(
             f"Long sequences: these have {len(spreads(runs, first)[PARTS[0]][0])} steps, the "
             "source's 784.",
