@@ -106,7 +106,8 @@ def test_what_is_not_finite_is_told_and_kept_out():
     z[0, 1] = torch.inf
     with pytest.warns(NonFiniteWarning) as told:
         take(0, z, x, c)
-    assert [str(t.message).partition(":")[0] for t in told] == ["BatchNorm(12)", "BatchNorm(3)"]
+    assert {str(t.message).partition(":")[0] for t in told} == {"BatchNorm(12)", "BatchNorm(3)"}
+    assert len(told) == 2
     with warnings.catch_warnings():  # told once
         warnings.simplefilter("error")
         take(1, z, x, c)
@@ -139,15 +140,37 @@ def test_what_it_is_not_for(why):
     assert take.func is lstm_step._by_operations
 
 
-def test_what_the_kernels_refuse_is_refused_as_ever():
+@pytest.mark.parametrize("refused", [0, 1])
+def test_what_the_kernels_refuse_is_refused_as_ever(refused):
     norms = layers()
-    norms[0].eps = 0.0  # nobody may say so
+    norms[refused].eps = 0.0  # nobody may say so
     take, *_ = steps(norms, [4, 4])
-    before = [b.clone() for norm in norms for b in norm.buffers()]
     with pytest.raises(Exception, match="eps > 0"):
         take(0, *given(4))
-    after = [b for norm in norms for b in norm.buffers()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    # By the operations the hidden state's comes before the cell's, and counts.
+    assert counted(norms[0]) == refused
+    assert counted(norms[1]) == 0
+
+
+def counted(norm):
+    """How many batches all steps of a layer together have taken in."""
+    return sum(int(buffer) for buffer in norm.buffers() if not buffer.is_floating_point())
+
+
+def test_a_cell_that_the_kernels_leave_to_others_counts_the_hidden_state_once():
+    norms = layers()
+    twins = copy.deepcopy(norms)
+    take, *_ = steps(norms, [4, 4])
+    for bank in (norms[1], *norms[1].banks.values()):
+        bank.running_mean = bank.running_mean.bfloat16()
+        bank.running_var = bank.running_var.bfloat16()
+    hidden, cell = (along(norm, [4, 4], 2, LENGTH) for norm in norms)
+    lstm_step._one_node(hidden, cell, 0, *given(4))
+    hidden, cell = (along(norm, [4, 4], 2, LENGTH) for norm in twins)
+    lstm_step._by_operations(hidden, cell, 0, *given(4))
+    for a, b in zip(norms[0].buffers(), twins[0].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert counted(norms[0]) == 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

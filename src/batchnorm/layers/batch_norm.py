@@ -233,10 +233,14 @@ class BatchNorm(Controlled, _BatchNorm):
                 raise InputError("expected a tensor as residual of a tensor, got a PackedSequence")
             return self._forward(x, mask, residual)
         except BatchNormError as error:
-            if not error.located:
-                error.args = (f"{self._location()}: {error}",)
-                error.located = True
+            self.locate(error)
             raise
+
+    def locate(self, error: BatchNormError) -> None:
+        """Name this layer in an error of its function, if no layer is named yet."""
+        if not error.located:
+            error.args = (f"{self._location()}: {error}",)
+            error.located = True
 
     def _forward_packed(self, x: PackedSequence, mask: Any, residual: Any) -> PackedSequence:
         if mask is not None:

@@ -66,7 +66,8 @@ def _one_node(
     parameters = hidden.weight, hidden.bias, cell.weight, cell.bias
     try:
         h, c = _Node.apply(z, x, c, *parameters, hidden, cell, step)
-    except NotServedError:
+    except (NotServedError, NotImplementedError):
+        # The second: a buffer is on a device, or of a kind, that has no such kernels.
         return _by_operations(hidden, cell, step, z, x, c)
     return h, c
 
@@ -77,11 +78,13 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         z, x, c_before, *parameters, hidden, cell, step = inputs
-        a, ctx.of_hidden = hidden.forward(step, z, x)
+        # If the cell is refused nothing must have been changed.
+        a, ctx.of_hidden = hidden.forward(step, z, x, later=True)
         i, f, g, o = a.chunk(4, 1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c = torch.addcmul(i * g, f, c_before)
         t, ctx.of_cell = cell.forward(step, c)
+        hidden.keep(step, ctx.of_hidden)
         t.tanh_()
         ctx.norms = hidden, cell
         ctx.save_for_backward(z, x, c_before, *parameters, i, f, g, o, c, t)

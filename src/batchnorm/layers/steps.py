@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from batchnorm import autograd_native, functional
+from batchnorm.errors import BatchNormError
 from batchnorm.kernels import native, select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments, accumulation_dtype
@@ -120,9 +121,13 @@ class ByFunction(Steps):
         if self.by_batch < steps or self.sizes[-1] < size:
             return super().each(x)
         runnings: Any = self.running if self.norm.track_running_stats else []
-        served = autograd_native.step_each(
-            x.unflatten(0, (steps, size)), self.weight, self.bias, runnings, self.settings
-        )
+        try:
+            served = autograd_native.step_each(
+                x.unflatten(0, (steps, size)), self.weight, self.bias, runnings, self.settings
+            )
+        except BatchNormError as error:
+            self.norm.locate(error)
+            raise
         if served is None:
             return super().each(x)
         y, refused = served
@@ -132,10 +137,14 @@ class ByFunction(Steps):
 
     def at(self, step: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What a step makes of x, and the residual added."""
-        y, refused = functional.step(
-            x, self.weight, self.bias, residual, None, self.running[step], step < self.by_batch,
-            self.settings,
-        )  # fmt: skip
+        try:
+            y, refused = functional.step(
+                x, self.weight, self.bias, residual, None, self.running[step],
+                step < self.by_batch, self.settings,
+            )  # fmt: skip
+        except BatchNormError as error:
+            self.norm.locate(error)
+            raise
         if refused is not None:
             self.norm.warn_nonfinite(refused)
         return y
@@ -151,33 +160,56 @@ class ByFunction(Steps):
         )
 
     def forward(
-        self, step: int, x: Tensor, residual: Tensor | None = None
+        self, step: int, x: Tensor, residual: Tensor | None = None, *, later: bool = False
     ) -> tuple[Tensor, OfStep]:
         """`at` by the C++ kernels, without autograd; and what `backward` needs.
+
+        Args:
+            step: which.
+            x: its input.
+            residual: what is added.
+            later: running statistics are left to `keep`.
 
         Raises:
             NotServedError: they leave this to others; nothing has been changed.
         """
         by_batch = step < self.by_batch
         mean, var, counter = self.running[step]
+        flags = native.KEEP | (native.TRAINING if by_batch else 0)
         y, statistics, count, refused = native.forward(
             *(x, self.weight, self.bias, residual, None, mean, var, counter),
             *(self.share, self.settings[1], 1),
-            native.KEEP | (native.TRAINING if by_batch else 0),
+            flags | (native.LATER if later and by_batch else 0),
         )
         if refused == native.NOT_SERVED:
             raise autograd_native.NotServedError
+        of_step = statistics, count, by_batch
+        if not later:
+            self._kept(step, of_step, refused)
+        return y, of_step
+
+    def keep(self, step: int, of_step: OfStep) -> None:
+        """The running statistics of a step that `forward` left for later."""
+        mean, var, counter = self.running[step]
+        statistics, count, by_batch = of_step
         if by_batch and mean is not None and var is not None:
-            # All as in `autograd_native.step`.
-            torch.autograd.graph.increment_version(
-                (mean, var) if counter is None else (mean, var, counter)
-            )
-            if refused:
-                batch_mean, batch_var = statistics
-                of_batch = Moments(statistics.new_tensor(count), batch_mean, batch_var * count)
-                together = self.settings[0] is None
-                self.norm.warn_nonfinite(~sound(of_batch, mean, var, together=together))
-        return y, (statistics, count, by_batch)
+            refused = native.update(*statistics, count, mean, var, counter, self.share)
+            self._kept(step, of_step, refused)
+
+    def _kept(self, step: int, of_step: OfStep, refused: int) -> None:
+        """What follows once running statistics are changed, as in `autograd_native.step`."""
+        mean, var, counter = self.running[step]
+        statistics, count, by_batch = of_step
+        if not by_batch or mean is None or var is None:
+            return
+        torch.autograd.graph.increment_version(
+            (mean, var) if counter is None else (mean, var, counter)
+        )
+        if refused:
+            batch_mean, batch_var = statistics
+            of_batch = Moments(statistics.new_tensor(count), batch_mean, batch_var * count)
+            together = self.settings[0] is None
+            self.norm.warn_nonfinite(~sound(of_batch, mean, var, together=together))
 
     def backward(
         self,
@@ -252,6 +284,7 @@ def _is_more_than_its_function(norm: BatchNorm) -> bool:
     """Whether a call of the layer is, or may be, more than `functional.step`."""
     return bool(
         type(norm) is not BatchNorm  # by parametrization, too
+        or "forward" in norm.__dict__  # somebody's own
         or norm._forward_pre_hooks
         or norm._forward_hooks
         or norm._backward_pre_hooks
