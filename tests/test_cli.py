@@ -107,7 +107,7 @@ def test_several_experiments_end_in_one_page_and_one_that_fails_costs_no_other(t
     process = start("lab", "run", "explosion", "convergence", *arguments, code=lab_tiny.COMMAND)
     code, printed, err = finish(process)
     assert code == 2
-    assert "explosion: explosion has no profile 'tiny'" in err
+    assert "explosion could not be done. explosion has no profile 'tiny'" in err
     assert "convergence (2 of 2)" in err
     assert "1 of 2 experiments could not be done, for the reasons given above: explosion." in err
     assert "Traceback" not in err
@@ -119,6 +119,13 @@ def test_several_experiments_end_in_one_page_and_one_that_fails_costs_no_other(t
     assert "unresolved" in outcomes  # one seed decides nothing
     assert (tmp_path / "convergence-tiny-1-seed" / "report.html").is_file()
     assert (tmp_path / "report.html").is_file()
+
+
+def test_several_experiments_do_not_go_where_one_is(tmp_path):
+    (tmp_path / "results.json").touch()
+    code, out, err = finish(start("lab", "run", "lag", "rates", "--out", str(tmp_path)))
+    assert (code, out) == (2, "")
+    assert "holds the results of one experiment" in err
 
 
 def test_all_and_names_exclude_each_other():

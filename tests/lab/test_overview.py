@@ -5,6 +5,7 @@ import pytest
 
 import lab_tiny
 from batchnorm import lab
+from batchnorm.errors import InputError
 from batchnorm.lab.experiments import convergence, explosion
 from batchnorm.lab.overview import markdown, overview, strongest
 from batchnorm.lab.verdict import judge
@@ -167,3 +168,19 @@ def test_a_directory_of_results_becomes_one_page(everything, tmp_path):
     claims = (everything / "claims.md").read_text(encoding="utf-8")
     assert claims == (tmp_path / "claims.md").read_text(encoding="utf-8")
     assert explosion.EXPERIMENT.claim in claims
+
+
+def test_results_that_cannot_be_read_are_left_out_and_told(everything, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text(
+        '{"schema": 1, "environment": {"batchnorm": "0.0.1"}}'
+    )
+    with pytest.raises(InputError, match="expected schema"):
+        lab.write_report(tmp_path)
+    (tmp_path / "explosion").mkdir()
+    shutil.copy(everything / "explosion" / "results.json", tmp_path / "explosion")
+    told = []
+    page = Page(lab.write_report(tmp_path, told.append).read_text(encoding="utf-8"))
+    assert page.tags.count("article") == 1
+    (message,) = told
+    assert message.startswith(f"Left out of the page: {tmp_path / 'old'}")

@@ -130,7 +130,7 @@ def add(lab_app: typer.Typer) -> None:
             (name,) = own
             _run(name, out or OUT / own[name], options)
         else:
-            _run_several({name: (out or OUT) / folder for name, folder in own.items()}, options)
+            _run_several(out or OUT, own, options)
 
     @lab_app.command("report")
     def report(
@@ -146,7 +146,10 @@ def add(lab_app: typer.Typer) -> None:
         """Make report.html and the figures again, from results.json alone."""
         from batchnorm import lab
 
-        print_text(Console(), f"Report: {lab.write_report(directory)}")
+        page = lab.write_report(
+            directory, lambda message: print_text(Console(stderr=True), message)
+        )
+        print_text(Console(), f"Report: {page}")
 
 
 def _colour(judged: dict[str, Any]) -> str:
@@ -178,27 +181,32 @@ def _run(name: str, directory: Path, options: dict[str, Any], place: str = "") -
     return results.content
 
 
-def _run_several(directories: dict[str, Path], options: dict[str, Any]) -> None:
+def _run_several(parent: Path, folders: dict[str, str], options: dict[str, Any]) -> None:
     """Run one after the other; those that cannot be done are named at the end."""
     from batchnorm import lab
 
+    if (parent / "results.json").exists():
+        raise ArgumentError(
+            f"{parent} holds the results of one experiment; several need a directory for their "
+            "own. Choose another one with --out."
+        )
     found: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    for number, (name, directory) in enumerate(directories.items(), start=1):
+    for number, (name, folder) in enumerate(folders.items(), start=1):
         try:
-            found.append(_run(name, directory, options, f"{number} of {len(directories)}"))
+            found.append(_run(name, parent / folder, options, f"{number} of {len(folders)}"))
         except BatchNormError as error:
             # One experiment that these data do not suit must not cost the others.
             if str(error) not in failed.values():
-                print_text(Console(stderr=True), f"{name}: {error}")
+                print_text(Console(stderr=True), f"{name} could not be done. {error}")
             failed[name] = str(error)
     if found:
         _print_outcomes(Console(), found)
-        page = lab.write_report(directory.parent)
-        print_text(Console(), f"All claims in {directory.parent} on one page: {page}")
+        page = lab.write_report(parent, lambda message: print_text(Console(stderr=True), message))
+        print_text(Console(), f"All claims in {parent} on one page: {page}")
     if failed:
         raise BatchNormError(
-            f"{len(failed)} of {len(directories)} experiments could not be done, for the reasons "
+            f"{len(failed)} of {len(folders)} experiments could not be done, for the reasons "
             f"given above: {', '.join(failed)}. The others are finished and reported."
         )
 

@@ -16,7 +16,8 @@ QUICK, FULL = "quick", "full"
 class Row:
     """One claim and what became of it; the first of an experiment's is its own.
 
-    `ours` marks what the source does not claim.
+    `ours` marks what the source does not claim; `data` is the name of a data set that is not the
+    only one of the page, else empty.
     """
 
     anchor: str
@@ -26,6 +27,8 @@ class Row:
     verdict: Verdict
     main: bool
     ours: bool
+    data: str
+    profile: str
 
     @property
     def numbers(self) -> str:
@@ -40,6 +43,11 @@ class Row:
             return f"{verdict.mean:+.3g} {verdict.unit}; {agree}"
         low, high = verdict.interval
         return f"{verdict.mean:+.3g} ({low:+.3g} to {high:+.3g}) {verdict.unit}; {agree}"
+
+    @property
+    def where(self) -> str:
+        """Experiment, data if there are several, and profile."""
+        return ", ".join(filter(None, (self.experiment, self.data, self.profile)))
 
     @property
     def weak(self) -> bool:
@@ -122,6 +130,7 @@ def strongest(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def overview(sections: Sequence[dict[str, Any]]) -> Overview:
     """Gather what all sections say; each experiment and data set counts once."""
     shown = strongest(sections)
+    several = len({section["data"]["fingerprint"] for section in shown}) > 1
     rows = [
         Row(
             anchor=section["anchor"],
@@ -131,6 +140,8 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
             verdict=verdict,
             main=not place,
             ours=ours,
+            data=section["data"]["name"] if several else "",
+            profile=section["profile"],
         )
         for section in shown
         for place, (claim, (verdict, ours)) in enumerate(_claims(section).items())
@@ -194,7 +205,7 @@ def markdown(found: Overview) -> str:
             ("experiment", "claim", "outcome", "numbers"),
             [
                 (
-                    row.experiment if row.main else "",
+                    row.where if row.main else "",
                     f"**{row.claim}** {row.source}"
                     if row.main
                     else f"{row.claim}{' *(ours)*' if row.ours else ''}",
@@ -209,7 +220,7 @@ def markdown(found: Overview) -> str:
     if found.failed:
         lines += ["", "## What did not reproduce", ""]
         lines += [
-            f"- {row.experiment}: **{row.claim}** {row.verdict.outcome.capitalize()}. "
+            f"- {row.where}: **{row.claim}** {row.verdict.outcome.capitalize()}. "
             f"{row.verdict.sentence}"
             for row in found.failed
         ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from batchnorm import figures
+from batchnorm.errors import BatchNormError
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
 from batchnorm.lab.overview import Overview, markdown, overview, strongest
@@ -34,29 +36,40 @@ PNG_DPI = 180
 CARD_PADDING = 10
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, note: Callable[[str], None] = lambda _: None) -> Path:
     """Write report.html and figures/ into a directory with a results.json; return the page's path.
 
     Of a directory whose subdirectories have them, each gets its own, and the directory a page with
-    all claims, and claims.md. The same results give the same report, byte for byte.
+    all claims, and claims.md; results that cannot be read are left out, and `note` is told why. The
+    same results give the same report, byte for byte.
 
     Raises:
-        InputError: there are no results, or damaged ones.
+        InputError: there are no results, or none that can be read.
     """
     below = sorted(path.parent for path in directory.glob(f"*/{results.FILE}"))
     if (directory / results.FILE).exists() or not below:
-        found = results.read(directory)
-        section = _section(found, directory / "figures")
-        title = f"{found.experiment.claim} — {section['verdict'].outcome}"
-        return _write(directory, title, [section])
-    sections = []
+        return _own_page(directory, _section(directory))
+    sections, errors = [], []
     for folder in below:
-        build(folder)
-        found = results.read(folder)
-        sections.append(_section(found, folder / "figures", folder.name))
+        try:
+            section = _section(folder)
+        except BatchNormError as error:
+            note(f"Left out of the page: {error}")
+            errors.append(error)
+            continue
+        _own_page(folder, section)
+        sections.append(_placed(section, folder.name))
+    if not sections:
+        raise errors[0]
     above = overview(sections)
     write_atomically(directory / CLAIMS, markdown(above))
     return _write(directory, TITLE, strongest(sections), above)
+
+
+def _own_page(directory: Path, section: dict[str, Any]) -> Path:
+    claim = section["experiment"]["claim"]
+    placed = _placed(section, section["experiment"]["name"])
+    return _write(directory, f"{claim} — {section['verdict'].outcome}", [placed])
 
 
 def _write(
@@ -78,12 +91,12 @@ def _write(
     return path
 
 
-def _section(found: results.Results, folder: Path, anchor: str = "") -> dict[str, Any]:
-    """All that the page says of one experiment; its figures are written, too."""
+def _section(directory: Path) -> dict[str, Any]:
+    """All that a page says of one experiment; its figures are written, too."""
+    found = results.read(directory)
     content = found.content
     findings = content["findings"]
-    also = [{**other, "verdict": _verdict(other["verdict"])} for other in findings["also"]]
-    anchor = anchor or found.experiment.name
+    folder = directory / "figures"
     folder.mkdir(exist_ok=True)
     with figures.style():
         pictures = found.experiment.figures(found.settings, found.runs)
@@ -93,19 +106,24 @@ def _section(found: results.Results, folder: Path, anchor: str = "") -> dict[str
             write_atomically(folder / f"{picture.name}.png", _png(picture))
     return {
         **content,
-        "anchor": anchor,
         "verdict": _verdict(findings["verdict"]),
-        "also": also,
-        "figures": [
-            {
-                "picture": picture,
-                "anchor": f"{anchor}-{picture.name}",
-                "svg": _inline(drawing, f"{anchor}-{picture.name}"),
-            }
-            for picture, drawing in zip(pictures, drawings, strict=True)
-        ],
+        "also": [{**other, "verdict": _verdict(other["verdict"])} for other in findings["also"]],
+        "drawings": list(zip(pictures, drawings, strict=True)),
         "duration": duration(sum(run["timing"].get(RUN_S, 0.0) for run in content["runs"])),
     }
+
+
+def _placed(section: dict[str, Any], anchor: str) -> dict[str, Any]:
+    """The section where a page has it: two of one page must not share an id."""
+    placed = [
+        {
+            "picture": picture,
+            "anchor": f"{anchor}-{picture.name}",
+            "svg": _inline(drawing, f"{anchor}-{picture.name}"),
+        }
+        for picture, drawing in section["drawings"]
+    ]
+    return {**section, "anchor": anchor, "figures": placed}
 
 
 def _verdict(content: dict[str, Any]) -> Verdict:

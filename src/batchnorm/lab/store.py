@@ -8,6 +8,7 @@ comes later: a full disk, a half-finished copy, an edit by hand.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -105,11 +106,13 @@ def write_atomically(path: Path, text: str | bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise BatchNormError(
-            f"Cannot write {path} ({error.strerror}). Make room or choose another directory with "
-            "--out; the runs finished so far are kept."
+            f"Cannot write {path} ({error.strerror}). Make room, or use another directory; "
+            "the runs finished so far are kept."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where nothing can be written nothing can be removed either; the first error is the one.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _digest(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from batchnorm.errors import ArgumentError
@@ -90,17 +91,21 @@ def run(
     return found
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | Path, note: Callable[[str], None] = lambda _: None) -> Path:
     """Make report.html and figures/ from `directory`/results.json; return the report's path.
 
-    The path of results.json itself will do as well.
+    The path of results.json itself will do as well; and a directory of such directories, which gets
+    a page of all claims. Results in it that cannot be read are left out, and `note` is told.
+
+    Raises:
+        InputError: there are no results, or none that can be read.
     """
     # Plotting takes a second to import; workers and `lab list` have no use for it.
     from batchnorm.lab import report
 
     path = Path(directory)
     is_results = path.name == results.FILE and not path.is_dir()
-    return report.build(path.parent if is_results else path)
+    return report.build(path.parent if is_results else path, note)
 
 
 def default_directory(name: str, *, profile: str, seeds: int | None, data: str) -> str:

@@ -174,14 +174,15 @@ def analyse(settings: LagSettings, runs: Runs) -> Findings:
     also = [
         *(
             Judged(
-                f"Exact statistics are better in those epochs with momentum {momentum:g}, too.",
+                f"With momentum {momentum:g}, exact statistics are better in those epochs, too.",
                 better(momentum, fast, settings.early),
             )
             for momentum in others
         ),
         *(
             Judged(
-                f"So they are at a learning rate of {rate:g} instead of {fast:g}.",
+                f"At a learning rate of {rate:g}, exact statistics are better in those epochs, "
+                "too.",
                 better(usual, rate, settings.early),
             )
             for rate in slower
