@@ -24,6 +24,7 @@ def folders(profile):
 
 def test_every_experiment_was_run_in_quick_and_some_in_full():
     assert folders("quick") <= set(FOLDERS) <= folders("quick") | folders("full")
+    assert set(FOLDERS) & folders("full")
 
 
 def assert_alike(made, committed):
