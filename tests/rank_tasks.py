@@ -24,6 +24,12 @@ def die(rank, world, who):
     time.sleep(600)
 
 
-def print_much_and_hang(rank, world):
+def print_much(rank, world):
     print("x" * 1_000_000, flush=True)
+    return rank
+
+
+def hang(rank, world, folder=None):
+    if folder:
+        (folder / f"rank{rank}").write_text(str(os.getpid()))
     time.sleep(600)

@@ -1,7 +1,12 @@
+import os
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import lab_tiny
 import rank_tasks
 from batchnorm.errors import SyncError
 from batchnorm.lab import ranks
@@ -41,8 +46,46 @@ def test_a_process_that_is_killed_does_not_leave_the_others_waiting(started):
 
 def test_processes_that_hang_are_ended_when_their_time_is_over(started):
     with pytest.raises(SyncError, match=r"within 0.2 s, got none from rank 0, 1; .* --jobs"):
-        ranks.together(rank_tasks.print_much_and_hang, 2, timeout_s=0.2)
+        ranks.together(rank_tasks.hang, 2, timeout_s=0.2)
     assert [process.returncode for process in started] == [-9, -9]
+
+
+def test_what_ranks_print_does_not_stop_them():
+    assert ranks.together(rank_tasks.print_much, 2, timeout_s=60) == [0, 1]
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
+    code = """
+import pathlib, sys, rank_tasks
+from batchnorm.lab import ranks
+ranks.together(rank_tasks.hang, 2, pathlib.Path(sys.argv[1]))
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": lab_tiny.PATH},
+    )
+    files = [tmp_path / f"rank{rank}" for rank in range(2)]
+    until(lambda: all(file.exists() and file.read_text() for file in files))
+    parent.kill()
+    parent.wait()
+    children = [int(file.read_text()) for file in files]
+    until(lambda: not any(map(alive, children)))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        # One that nobody has waited for is dead all the same.
+        return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_an_interrupt_ends_the_processes(started, monkeypatch):
@@ -51,5 +94,5 @@ def test_an_interrupt_ends_the_processes(started, monkeypatch):
 
     monkeypatch.setattr(ranks.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        ranks.together(rank_tasks.print_much_and_hang, 2)
+        ranks.together(rank_tasks.hang, 2)
     assert [process.returncode for process in started] == [-9, -9]

@@ -24,6 +24,7 @@ import torch
 from torch import distributed
 
 from batchnorm.errors import SyncError
+from batchnorm.lab.orphans import die_with
 
 #: Seconds between two looks at the processes.
 PAUSE_S = 0.02
@@ -53,7 +54,7 @@ def together(
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "task").write_bytes(pickle.dumps((function, timeout_s, arguments)))
+        (folder / "task").write_bytes(pickle.dumps((os.getpid(), function, timeout_s, arguments)))
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         processes: list[subprocess.Popen[bytes]] = []
@@ -86,7 +87,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_s:
         statuses = [process.poll() for process in processes]
         failed = [rank for rank, status in enumerate(statuses) if status]
         if failed:
-            # One that fails takes others down; theirs is the later error, so all are told.
+            # One that fails takes others down; of several that have ended, any may be the cause.
             words = "\n".join(
                 f"Rank {rank} ended with status {statuses[rank]}:\n{_last_words(folder, rank)}"
                 for rank in failed
@@ -112,9 +113,10 @@ def _last_words(folder: Path, rank: int) -> str:
 def _main(name: str, rank: int, world: int) -> None:
     """Be one of the processes."""
     folder = Path(name)
-    function, timeout_s, arguments = pickle.loads(  # noqa: S301 - written by the parent
+    parent, function, timeout_s, arguments = pickle.loads(  # noqa: S301 - written by the parent
         (folder / "task").read_bytes()
     )
+    die_with(parent)
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import threading
@@ -22,6 +21,7 @@ import torch
 from batchnorm.errors import BatchNormError, NonFiniteWarning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Run, Settings, Trial
+from batchnorm.lab.orphans import die_with
 from batchnorm.lab.store import Store
 
 # A backend that cannot hand results over one by one (Ray's) gets the trials in slices of this many
@@ -154,7 +154,7 @@ def _attempt(
     How long it took goes into the run's timing, as RUN_S.
     """
     if parent not in (None, os.getpid()):
-        _die_with(parent)
+        die_with(parent)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -168,21 +168,6 @@ def _attempt(
         return _Failure(trial, traceback.format_exc())
     finally:
         torch.set_num_threads(threads)
-
-
-@functools.cache  # once in a worker's life
-def _die_with(parent: int) -> None:
-    """Make this worker end within a second of its parent, which may be killed with no last word.
-
-    Left alone, workers wait for five minutes, holding their memory, before they give up.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
