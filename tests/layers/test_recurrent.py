@@ -428,6 +428,12 @@ X = torch.randn(4, 6, 3)
             InputError,
             "no mask with a PackedSequence",
         ),
+        (lambda: BatchNormLSTM(3, 4)(X, X > 0), InputError, "a tensor; a mask goes by its name"),
+        (
+            lambda: BatchNormLSTM(3, 4)(X, (torch.zeros(1, X.shape[1], 4).double(),) * 2),
+            InputError,
+            r"of torch\.float32 on cpu, as x is, got torch\.float64",
+        ),
         # One sequence has no statistics; the norm that says so is named.
         (lambda: BatchNormLSTM(3, 4)(X[:, :1]), InputError, r"'norms\.0\.input'.*more than 1"),
     ],
@@ -450,6 +456,9 @@ def test_nothing_has_changed_when_an_error_is_raised():
         lstm(X[:, :1].double())
     with pytest.raises(InputError):
         lstm(X.double(), mask=torch.ones(6, 4).bool())
+    with pytest.raises(InputError):
+        lstm(X.double(), (torch.zeros(1, X.shape[1], 4),) * 2)
+    assert lstm._reached == 0
     assert all(torch.equal(a, b) for a, b in zip(before, lstm.buffers(), strict=True))
     for norm in lstm._every_norm():
         assert norm._bank is None

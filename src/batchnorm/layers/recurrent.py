@@ -265,11 +265,10 @@ class BatchNormLSTM(nn.RNNBase):
         self, cell: _Cell, data: Tensor, sizes: list[int], state: State
     ) -> tuple[Tensor, State]:
         """One layer in one direction: the recurrence."""
-        if any(norm.training for norm in cell.norms.values()):
-            self._reached = max(self._reached, steps_by_batch(sizes))
+        training = any(norm.training for norm in cell.norms.values())
+        reached = max(self._reached, steps_by_batch(sizes) if training else 0)
         norms = {
-            part: along(norm, sizes, self._reached, self.max_length)
-            for part, norm in cell.norms.items()
+            part: along(norm, sizes, reached, self.max_length) for part, norm in cell.norms.items()
         }
         h, c = state
         outputs, ended = [], []
@@ -284,6 +283,8 @@ class BatchNormLSTM(nn.RNNBase):
             if cell.weight_hr is not None:
                 h = functional.linear(h, cell.weight_hr)
             outputs.append(h)
+        if training:
+            self._reached = reached
         ended.append((h, c))
         h, c = (torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
         return torch.cat(outputs), (h, c)
@@ -304,11 +305,20 @@ class BatchNormLSTM(nn.RNNBase):
         shapes = (layers, number, self._width()), (layers, number, self.hidden_size)
         if hx is None:
             return x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
+        if isinstance(hx, Tensor) or len(hx) != 2:
+            got = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)} things"
+            raise InputError(f"expected (h_0, c_0), got {got}; a mask goes by its name: mask=mask")
         h, c = hx
         if (h.shape, c.shape) != shapes:
             raise InputError(
                 f"expected (h_0, c_0) of shapes {shapes[0]} and {shapes[1]}, got {tuple(h.shape)} "
                 f"and {tuple(c.shape)}"
+            )
+        alike = h.dtype == c.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if not alike or not h.device == c.device == x.device:
+            raise InputError(
+                f"expected (h_0, c_0) of {x.dtype} on {x.device}, as x is, got {h.dtype} on "
+                f"{h.device} and {c.dtype} on {c.device}"
             )
         return h, c
 
