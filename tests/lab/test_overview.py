@@ -23,7 +23,7 @@ def section(name, differences, *, profile="quick", data="digits", also=(), ours=
         "anchor": f"{name}-{profile}-{data}",
         "experiment": {"name": name, "claim": f"{name} helps.", "source": f"{name} 2015"},
         "profile": profile,
-        "data": {"fingerprint": data},
+        "data": {"fingerprint": data, "name": data},
         "verdict": verdict(differences),
         "also": [{"claim": c, "verdict": verdict(d), "ours": c in ours} for c, d in also],
     }
@@ -112,14 +112,16 @@ def test_markdown_says_the_same():
     text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
     assert "1 claim of the sources: 1 reproduced." in text
     assert (
-        "| a\\|b | **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of"
+        "| a\\|b, full | **a\\|b helps.** a\\|b 2015 | **reproduced** | +4 (+1.52 to +6.48) steps; 3 of"
         in text
     )
     assert "## What did not" not in text
     assert text.endswith("\n\n| experiment | claim | quick | full |\n| --- | --- | --- | --- |\n"
                          "| a\\|b | a\\|b helps. | unresolved | **reproduced** |\n")  # fmt: skip
     text = markdown(overview([section("a", WORSE)]))
-    assert "\n- a: **a helps.** Contradicted. 0 of 3 paired seeds went the claim's way" in text
+    assert (
+        "\n- a, quick: **a helps.** Contradicted. 0 of 3 paired seeds went the claim's way" in text
+    )
     assert "## Quick" not in text
 
 

@@ -136,7 +136,7 @@ def test_report_shows_the_verdict_that_results_hold(copy):
     found["findings"]["caveats"] = ["<b>Not</b> markup & not lost"]
     (copy / "results.json").write_text(json.dumps(found), encoding="utf-8")
     html = lab.write_report(copy).read_text(encoding="utf-8")
-    assert "<strong>Contradicted</strong>" in html
+    assert "<strong>✗ Contradicted</strong>" in html
     assert "&lt;b&gt;Not&lt;/b&gt; markup &amp; not lost" in html
 
 

@@ -398,7 +398,8 @@ def test_reversal_runs_each_sequence_from_its_end(lengths):
     assert torch.equal(packed.data[index][index], packed.data)
 
 
-X = torch.randn(4, 6, 3)
+# Not by what other modules draw when they are imported.
+X = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -470,16 +471,19 @@ def test_autocast(how):
     torch.manual_seed(0)
     lstm = BatchNormLSTM(3, 4, max_length=4, bidirectional=True, num_layers=2)
     twin = copy.deepcopy(lstm)
-    lengths = torch.tensor([4, 2, 3, 4, 4, 1])
-    given_x, mask = X, torch.arange(4)[:, None] < lengths if how == "mask" else None
+    # Of three sequences that go on, two may be so near that rounding turns them about.
+    lengths = torch.tensor([4, 2, 3, 4, 4, 1] * 4)
+    given_x = torch.randn(4, len(lengths), 3)
+    mask = torch.arange(4)[:, None] < lengths if how == "mask" else None
     if how == "packed":
-        given_x = pack_padded_sequence(X, lengths, enforce_sorted=False)
+        given_x = pack_padded_sequence(given_x, lengths, enforce_sorted=False)
     with torch.autocast("cpu", torch.bfloat16):
         output, (h, _) = lstm(given_x, mask=mask)
     expected, (k, _) = twin(given_x, mask=mask)
     if how == "packed":
         output, expected = output.data, expected.data
-    # Products of a few numbers below 2 in bfloat16 are off by 2⁻⁸ of themselves; γ is 0.1.
+    # Products of a few numbers below 2 in bfloat16 are off by 2⁻⁸ of themselves; γ is 0.1. The
+    # largest difference of 150 seeds was 0.0042.
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.02)
     torch.testing.assert_close(h.float(), k, rtol=0, atol=0.02)
     output.float().square().mean().backward()
