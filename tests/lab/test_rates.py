@@ -145,7 +145,6 @@ def test_no_seed_has_a_say_in_the_rate_that_it_is_judged_at():
 
 def test_the_largest_rate_may_lie_above_one_that_failed():
     holes = {0.1: 0.95, 1.0: 0.2, 10.0: 0.9}
-    assert r.largest(r.by_rate(SETTINGS, made(holes, LOW), r.PLAIN), 0.9) == [10.0] * 3
     found = r.analyse(SETTINGS, made(LOW, holes))
     assert [line for line in found.caveats if "BatchNorm network still learned at 10" in line]
     assert not [line for line in found.caveats if "plain network still learned" in line]

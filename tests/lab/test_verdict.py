@@ -5,7 +5,7 @@ import pytest
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab import verdict
-from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, judge
+from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, judge, judge_shares
 
 
 def outcome(differences):
@@ -55,6 +55,15 @@ def test_numbers_and_their_sentence():
 def test_higher_can_be_better():
     assert judge([0.1, 0.2], [0.8, 0.9], unit="", higher_is_better=True).mean == pytest.approx(0.7)
     assert judge([0.1, 0.2], [0.8, 0.9], unit="").outcome == CONTRADICTED
+
+
+def test_shares_are_judged_in_points_and_of_errors_fewer_are_better():
+    better = judge_shares([0.5] * 3, [0.75, 0.625, 1.0])
+    assert better.differences == (25.0, 12.5, 50.0)
+    assert (better.outcome, better.unit) == (REPRODUCED, "points of accuracy")
+    fewer = judge_shares([0.5] * 3, [0.75, 0.625, 1.0], errors=True, names=("a", "b"))
+    assert fewer.differences == (-25.0, -12.5, -50.0)
+    assert (fewer.outcome, fewer.unit) == (CONTRADICTED, "points fewer errors")
 
 
 def test_censored_runs_count_as_the_horizon():

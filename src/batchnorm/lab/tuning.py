@@ -44,6 +44,11 @@ A = TypeVar("A", bound=ArmTrial)
 T = TypeVar("T", bound=Trial)
 
 
+def mean_error(runs: Sequence[Run[Any]]) -> float:
+    """Return the mean of `measured["error"]`."""
+    return statistics.fmean(run.measured["error"] for run in runs)
+
+
 def plan(
     template: A,
     runs: Sequence[Run[A]],
@@ -52,7 +57,7 @@ def plan(
     corners: Sequence[Mapping[str, Any]],
     tuning_seeds: int,
     seeds: int,
-    score: Callable[[Sequence[Run[A]]], Any],
+    score: Callable[[Sequence[Run[A]]], Any] | None = None,
 ) -> list[A]:
     """Ask for the sweep, and once that is finished for each arm's evaluation at its best corner.
 
@@ -63,8 +68,10 @@ def plan(
         corners: Values of the fields to tune (`rate`, and others).
         tuning_seeds: How many seeds each corner is tried with.
         seeds: How many seeds each arm is judged by.
-        score: Ranks the runs of a corner, least first; the earlier of equal corners wins.
+        score: Ranks the runs of a corner, least first; the earlier of equal corners wins. None: the
+            mean of what they have measured as their error.
     """
+    score = score or mean_error
     done = {run.trial: run for run in runs}
 
     def tuning(arm: str, corner: Mapping[str, Any]) -> list[A]:

@@ -183,6 +183,26 @@ def judge(
     )
 
 
+def judge_shares(
+    control: Sequence[float],
+    treated: Sequence[float],
+    *,
+    errors: bool = False,
+    names: tuple[str, str] = ("control", "treated"),
+) -> Verdict:
+    """Judge shares of the test rows, in percentage points; the fewer errors the better.
+
+    >>> judge_shares([0.75, 0.75], [0.5, 0.25], errors=True).differences
+    (25.0, 50.0)
+    """
+    return judge(
+        *([100 * share for share in shares] for shares in (control, treated)),
+        unit="points fewer errors" if errors else "points of accuracy",
+        higher_is_better=not errors,
+        names=names,
+    )
+
+
 @functools.cache
 def false_rate(pairs: int) -> float:
     """Return how often no effect at all would be called reproduced (as often, contradicted).

@@ -23,7 +23,7 @@ from batchnorm.lab.experiments import (
     Table,
 )
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_shares
 from batchnorm.lab.words import counted
 
 ALL, AFFINE, RANDOM, HEAD = KINDS = ("all", "γ and β", "random weights", "head")
@@ -180,7 +180,6 @@ def plan(settings: AffineSettings, runs: Runs) -> list[AffineTrial]:
             corners=[{"rate": rate} for rate in settings.rates],
             tuning_seeds=settings.tuning_seeds,
             seeds=settings.seeds,
-            score=lambda swept: statistics.fmean(r.measured["error"] for r in swept),
         )
     ]  # fmt: skip
 
@@ -198,10 +197,10 @@ def _off(runs: Runs, blocks: int, kind: str, when: str = "below") -> list[float]
 
 
 def _better(runs: Runs, control: tuple[int, str], treated: tuple[int, str]) -> Verdict:
-    return judge(
-        [100 * error for error in _errors(runs, *control)],
-        [100 * error for error in _errors(runs, *treated)],
-        unit="points fewer errors",
+    return judge_shares(
+        _errors(runs, *control),
+        _errors(runs, *treated),
+        errors=True,
         names=(arm(*control), arm(*treated)),
     )
 

@@ -25,7 +25,7 @@ from batchnorm.lab.experiments import (
     Table,
     Trial,
 )
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_shares
 from batchnorm.lab.words import counted
 
 CLEAN = "clean"
@@ -219,11 +219,9 @@ def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
     of_batches, of_sorted = batches_of(large), in_order(large)
 
     def better(control: str, treated: str, *, strongest: bool = False) -> Verdict:
-        return judge(
-            [100 * value for value in corrupted(runs, control, strongest=strongest)],
-            [100 * value for value in corrupted(runs, treated, strongest=strongest)],
-            unit="points of accuracy",
-            higher_is_better=True,
+        return judge_shares(
+            corrupted(runs, control, strongest=strongest),
+            corrupted(runs, treated, strongest=strongest),
             names=(control, treated),
         )
 

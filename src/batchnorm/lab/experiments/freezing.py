@@ -25,7 +25,7 @@ from batchnorm.lab.experiments import (
     Table,
 )
 from batchnorm.lab.tuning import EVALUATION, ArmTrial, select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge_shares
 from batchnorm.lab.words import counted
 
 #: Ways to normalize in evaluation: the first three are of one training, the last of another.
@@ -169,11 +169,8 @@ def analyse(settings: FreezingSettings, runs: Runs) -> Findings:
     }
 
     def better(control: str, treated: str, of: int = size) -> Verdict:
-        return judge(
-            *([100 * error for error in _errors(runs, of, way)] for way in (control, treated)),
-            unit="points fewer errors",
-            names=(control, treated),
-        )
+        names = control, treated
+        return judge_shares(*(_errors(runs, of, way) for way in names), errors=True, names=names)
 
     def at(s: int, way: str) -> str:
         return f"{select(runs, stage=EVALUATION, arm=arm(s, way))[0].trial.rate:g}"

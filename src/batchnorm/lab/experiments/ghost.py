@@ -13,7 +13,7 @@ from batchnorm.lab import networks, training, tuning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings, Table
 from batchnorm.lab.tuning import ArmTrial
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_shares
 from batchnorm.lab.words import bands, counted
 
 WHOLE = "whole batch"
@@ -121,7 +121,6 @@ def plan(settings: GhostSettings, runs: Runs) -> list[GhostTrial]:
         corners=[{"rate": rate} for rate in settings.rates],
         tuning_seeds=settings.tuning_seeds,
         seeds=settings.seeds,
-        score=lambda swept: statistics.fmean(r.measured["error"] for r in swept),
     )
 
 
@@ -149,20 +148,22 @@ def slopes(errors: dict[int, list[float]]) -> list[float]:
 
 def analyse(settings: GhostSettings, runs: Runs) -> Findings:
     """Judge groups against the whole batch, small batches against it, and the trend."""
-    group, few, unit = arm(settings.headline), small(settings.headline), "points fewer errors"
+    group, few = arm(settings.headline), small(settings.headline)
     by_size = _by_size(settings, runs)
 
-    def points(name: str) -> list[float]:
-        return [100 * error for error in tuning.measured(runs, "error", arm=name)]
+    def errors(name: str) -> list[float]:
+        return tuning.measured(runs, "error", arm=name)
 
     def better(name: str) -> Verdict:
-        return judge(points(WHOLE), points(name), unit=unit, names=(WHOLE, name))
+        return judge_shares(errors(WHOLE), errors(name), errors=True, names=(WHOLE, name))
 
     def mean(name: str) -> str:
-        return f"{statistics.fmean(points(name)):.1f}%"
+        return f"{statistics.fmean(errors(name)):.1%}"
 
     rises = [100 * rise for rise in slopes(by_size)]
-    trend = judge(rises, [0.0] * len(rises), unit=f"{unit} for each halving of the groups")
+    trend = judge(
+        rises, [0.0] * len(rises), unit="points fewer errors for each halving of the groups"
+    )
     verdict = better(group)
     table = tuning.table(runs, "error", "test error")
     fitted = {

@@ -20,7 +20,7 @@ from batchnorm.lab.experiments import (
     Table,
     Trial,
 )
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge_shares
 from batchnorm.lab.words import counted
 
 RUNNING, EXACT = NAMES = ("running", "exact")
@@ -147,10 +147,8 @@ def analyse(settings: LagSettings, runs: Runs) -> Findings:
     end = (settings.epochs, settings.epochs)
 
     def better(momentum: float, rate: float, epochs: tuple[int, int]) -> Verdict:
-        running, exact = (
-            [100 * error for error in _errors(runs, name, momentum, rate, epochs)] for name in NAMES
-        )
-        return judge(running, exact, unit="points fewer errors", names=NAMES)
+        running, exact = (_errors(runs, name, momentum, rate, epochs) for name in NAMES)
+        return judge_shares(running, exact, errors=True, names=NAMES)
 
     def mean(name: str, momentum: float, rate: float, epochs: tuple[int, int]) -> str:
         return f"{statistics.fmean(_errors(runs, name, momentum, rate, epochs)):.1%}"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log10
 from typing import Any
 
 from batchnorm import BatchNorm
-from batchnorm.lab import networks, training, tuning
+from batchnorm.lab import limits, networks, training, tuning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings, Table
+from batchnorm.lab.limits import ByRate
 from batchnorm.lab.tuning import ArmTrial
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import judge, judge_shares
 from batchnorm.lab.words import bands, counted
 
 PLAIN, NORMALIZED = ARMS = ("plain", "BatchNorm")
@@ -95,9 +95,6 @@ def plan(settings: RatesSettings, _: Runs) -> list[RatesTrial]:
 
 # What the runs say
 
-ByRate = Mapping[float, Sequence[float]]
-"""For each rate, in rising order, a number a seed."""
-
 
 def by_rate(settings: RatesSettings, runs: Runs, arm: str, key: str = "accuracy") -> ByRate:
     """Return what an arm's runs have measured."""
@@ -105,19 +102,6 @@ def by_rate(settings: RatesSettings, runs: Runs, arm: str, key: str = "accuracy"
         rate: [r.measured[key] for r in tuning.select(runs, arm=arm, rate=rate)]
         for rate in settings.rates
     }
-
-
-def largest(accuracies: ByRate, threshold: float) -> list[float | None]:
-    """Return the largest rate at which each seed learned; None if it never did.
-
-    >>> largest({0.1: [0.9, 0.8], 1.0: [0.95, 0.1]}, 0.9)
-    [1.0, None]
-    """
-    seeds = range(len(next(iter(accuracies.values()))))
-    return [
-        max((rate for rate, found in accuracies.items() if found[i] >= threshold), default=None)
-        for i in seeds
-    ]
 
 
 def best_for_others(accuracies: ByRate) -> list[float]:
@@ -139,25 +123,17 @@ def best_for_others(accuracies: ByRate) -> list[float]:
     return rates
 
 
-def _reach(rates: Sequence[float | None]) -> str:
-    """The middle rate (of two, the lower: one that was tried), and the range where there is one."""
-    ordered = sorted(rate or 0.0 for rate in rates)
-    low, middle, high = (
-        f"{rate:g}" if rate else "none"
-        for rate in (ordered[0], statistics.median_low(ordered), ordered[-1])
-    )
-    return middle if low == high else f"{middle} ({low}–{high})"
-
-
 def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     """Judge the largest rate that learns, then accuracies at best rates and at a shared one."""
     level, lowest = f"{settings.threshold:.0%}", settings.rates[0]
     found = {arm: by_rate(settings, runs, arm) for arm in ARMS}
-    limits = {arm: largest(found[arm], settings.threshold) for arm in ARMS}
+    limit = {
+        arm: limits.largest(found[arm], lambda accuracy: accuracy >= settings.threshold)
+        for arm in ARMS
+    }
     chosen = {arm: best_for_others(found[arm]) for arm in ARMS}
-    # A seed that learned at no rate counts as the grid's next smaller one: as near as can be.
-    below = lowest * lowest / settings.rates[1]
-    decades = [[log10(limit or below) for limit in limits[arm]] for arm in ARMS]
+    below = limits.below(settings.rates)
+    decades = [limits.decades(limit[arm], settings.rates) for arm in ARMS]
     verdict = judge(
         *decades, unit="decades of the learning rate", higher_is_better=True, names=ARMS
     )
@@ -165,18 +141,14 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     def at(arm: str, rates: Sequence[float]) -> list[float]:
         return [found[arm][rate][i] for i, rate in enumerate(rates)]
 
-    def better(control: Sequence[float], treated: Sequence[float]) -> Verdict:
-        points = [[100 * accuracy for accuracy in side] for side in (control, treated)]
-        return judge(*points, unit="points of accuracy", higher_is_better=True)
-
     best = {arm: at(arm, chosen[arm]) for arm in ARMS}
     shared = at(NORMALIZED, chosen[PLAIN])
     small = {arm: found[arm][lowest] for arm in ARMS}
     rows = [
         (
             arm,
-            _reach(limits[arm]),
-            _reach(chosen[arm]),
+            limits.reach(limit[arm]),
+            limits.reach(chosen[arm]),
             f"{statistics.fmean(best[arm]):.1%}",
             f"{statistics.fmean(small[arm]):.1%}",
         )
@@ -184,12 +156,12 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     ]
     caveats = []
     for arm in ARMS:
-        if settings.rates[-1] in limits[arm]:
+        if settings.rates[-1] in limit[arm]:
             caveats.append(
                 f"The {arm} network still learned at {settings.rates[-1]:g}, the largest rate "
                 "tried: its limit lies higher."
             )
-        if never := limits[arm].count(None):
+        if never := limit[arm].count(None):
             caveats.append(
                 f"With {never} of {counted(settings.seeds, 'seed')} the {arm} network got to "
                 f"{level} at no rate; counted as {below:g}, below all that were tried."
@@ -200,12 +172,12 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
     return Findings(
         summary=(
             f"The largest learning rate at which the network got to {level} test accuracy was "
-            f"{_reach(limits[PLAIN])} without and {_reach(limits[NORMALIZED])} with BatchNorm: "
-            f"lower median of {counted(settings.seeds, 'seed')}, and the range where seeds differ. "
-            f"At its best rate the plain network got to {rows[0][3]}, the normalized one to "
-            f"{rows[1][3]} (at the plain one's best rate, to {statistics.fmean(shared):.1%}). At "
-            f"{lowest:g}, the smallest rate, {settings.steps} steps brought the plain network to "
-            f"{rows[0][4]}, the normalized one to {rows[1][4]}."
+            f"{limits.reach(limit[PLAIN])} without and {limits.reach(limit[NORMALIZED])} with "
+            f"BatchNorm: lower median of {counted(settings.seeds, 'seed')}, and the range where "
+            f"seeds differ. At its best rate the plain network got to {rows[0][3]}, the normalized "
+            f"one to {rows[1][3]} (at the plain one's best rate, to "
+            f"{statistics.fmean(shared):.1%}). At {lowest:g}, the smallest rate, {settings.steps} "
+            f"steps brought the plain network to {rows[0][4]}, the normalized one to {rows[1][4]}."
         ),
         verdict=verdict,
         table=Table(
@@ -240,16 +212,16 @@ def analyse(settings: RatesSettings, runs: Runs) -> Findings:
             Judged(
                 "Each at its own best rate, the normalized network is more accurate than the plain "
                 "one.",
-                better(best[PLAIN], best[NORMALIZED]),
+                judge_shares(best[PLAIN], best[NORMALIZED]),
             ),
             Judged(
                 "The gain comes with the larger rate: at the plain network's best rate, the "
                 "normalized network is no better than the plain one.",
-                better(shared, best[PLAIN]),
+                judge_shares(shared, best[PLAIN]),
             ),
             Judged(
                 "At the smallest rate tried, the normalized network learns faster, too.",
-                better(small[PLAIN], small[NORMALIZED]),
+                judge_shares(small[PLAIN], small[NORMALIZED]),
                 ours=True,
             ),
         ),

@@ -23,7 +23,7 @@ from batchnorm.lab.experiments import (
     Table,
 )
 from batchnorm.lab.tuning import EVALUATION, ArmTrial, select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_shares
 from batchnorm.lab.words import counted
 from batchnorm.layers.recurrent import PARTS
 
@@ -266,12 +266,8 @@ def analyse(settings: RecurrentSettings, runs: Runs) -> Findings:
     first, *others = settings.cases
 
     def better(other: str, case: str = first) -> Verdict:
-        return judge(
-            *([100 * share for share in _accuracies(runs, case, arm)] for arm in (other, SMALL)),
-            unit="points of accuracy",
-            higher_is_better=True,
-            names=(other, SMALL),
-        )
+        names = other, SMALL
+        return judge_shares(*(_accuracies(runs, case, arm) for arm in names), names=names)
 
     def steps(arm: str) -> list[int | None]:
         found = select(_of(runs, first), stage=EVALUATION, arm=arm)

@@ -24,7 +24,7 @@ from batchnorm.lab.experiments import (
     Table,
 )
 from batchnorm.lab.tuning import ArmTrial
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge_shares
 from batchnorm.lab.words import counted
 
 PLAIN, RENORM = "BatchNorm", "renorm"
@@ -36,7 +36,6 @@ R_MAX, D_MAX = 3.0, 5.0
 R_OPEN, D_OPEN = (0.1, 0.75), (0.1, 0.5)
 
 #: Percentage points of the test rows.
-UNIT = "points fewer errors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,6 @@ def plan(settings: RenormSettings, runs: Runs) -> list[RenormTrial]:
         corners=[{"rate": rate} for rate in settings.rates],
         tuning_seeds=settings.tuning_seeds,
         seeds=settings.seeds,
-        score=lambda swept: statistics.fmean(r.measured["error"] for r in swept),
     )
 
 
@@ -219,8 +217,7 @@ def analyse(settings: RenormSettings, runs: Runs) -> Findings:
 
     def better(size: int, *, in_order: bool) -> Verdict:
         names = pair(size, in_order=in_order)
-        points = [[100 * error for error in _errors(runs, name)] for name in names]
-        return judge(*points, unit=UNIT, names=names)
+        return judge_shares(*(_errors(runs, name) for name in names), errors=True, names=names)
 
     best = tuning.table(runs, "error", "test error")
     seen = [statistics.fmean(tuning.measured(runs, "as_trained", arm=r[0])) for r in best.rows]

@@ -13,7 +13,7 @@ from batchnorm.lab import networks, training, tuning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Judged, Picture, Run, Settings
 from batchnorm.lab.tuning import ArmTrial
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge_shares
 from batchnorm.lab.words import bands, counted
 
 NETWORKS = MLP, CNN = "MLP", "CNN"
@@ -120,7 +120,6 @@ def plan(settings: SmallBatchSettings, runs: Runs) -> list[SmallBatchTrial]:
         corners=[{"rate": rate} for rate in settings.rates],
         tuning_seeds=settings.tuning_seeds,
         seeds=settings.seeds,
-        score=lambda swept: statistics.fmean(r.measured["error"] for r in swept),
     )
 
 
@@ -150,10 +149,10 @@ def analyse(settings: SmallBatchSettings, runs: Runs) -> Findings:
     small, large = settings.headline, settings.batch
 
     def better(network: str, size: int, other: int | None) -> Verdict:
-        return judge(
-            [100 * error for error in _errors(runs, network, size)],
-            [100 * error for error in _errors(runs, network, other)],
-            unit="points fewer errors",
+        return judge_shares(
+            _errors(runs, network, size),
+            _errors(runs, network, other),
+            errors=True,
             names=(arm(network, size), arm(network, other)),
         )
 

@@ -6,14 +6,14 @@ import copy
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import NonFiniteWarning
-from batchnorm.lab import networks, training, tuning
+from batchnorm.lab import limits, networks, training, tuning
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import (
     Experiment,
@@ -24,8 +24,9 @@ from batchnorm.lab.experiments import (
     Settings,
     Table,
 )
+from batchnorm.lab.limits import ByRate
 from batchnorm.lab.tuning import EVALUATION, SWEEP, ArmTrial, select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_shares
 from batchnorm.lab.words import bands, counted
 
 #: The stage of the rates that were not the arm's best: the same seeds as in the evaluation.
@@ -168,28 +169,12 @@ def reached(means: Sequence[float], level: float) -> int | None:
     return next((step for step, mean in enumerate(means, WINDOW) if mean <= level), None)
 
 
-ByRate = Mapping[float, Sequence[float]]
-"""For each rate, in rising order, the test error of every seed."""
-
-
 def by_rate(settings: ZeroGammaSettings, runs: Runs, name: str) -> ByRate:
     """Return an arm's errors at every rate, with the evaluation's seeds."""
     judged = [r for r in select(runs, arm=name) if r.trial.stage != SWEEP]
     return {
         rate: [r.measured["error"] for r in select(judged, rate=rate)] for rate in settings.rates
     }
-
-
-def largest(errors: ByRate, learned: float) -> list[float | None]:
-    """Return the largest rate at which each seed learned; None if it never did.
-
-    >>> largest({0.1: [0.1, 0.3], 1.0: [0.05, 0.9]}, 0.2)
-    [1.0, None]
-    """
-    return [
-        max((rate for rate, found in errors.items() if found[i] <= learned), default=None)
-        for i in range(len(next(iter(errors.values()))))
-    ]
 
 
 def plan(settings: ZeroGammaSettings, runs: Runs) -> list[ZeroGammaTrial]:
@@ -203,7 +188,6 @@ def plan(settings: ZeroGammaSettings, runs: Runs) -> list[ZeroGammaTrial]:
         corners=[{"rate": rate} for rate in settings.rates],
         tuning_seeds=settings.tuning_seeds,
         seeds=settings.seeds,
-        score=lambda swept: statistics.fmean(r.measured["error"] for r in swept),
     )
     if wanted[-1].stage != EVALUATION:
         return wanted
@@ -220,30 +204,21 @@ def plan(settings: ZeroGammaSettings, runs: Runs) -> list[ZeroGammaTrial]:
 # What the runs say
 
 
-def _reach(rates: Sequence[float | None]) -> str:
-    """The middle rate (of two, the lower: one that was tried), and the range where there is one."""
-    ordered = sorted(rate or 0.0 for rate in rates)
-    low, middle, high = (
-        f"{rate:g}" if rate else "none"
-        for rate in (ordered[0], statistics.median_low(ordered), ordered[-1])
-    )
-    return middle if low == high else f"{middle} ({low}–{high})"
-
-
 def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
     """Judge errors and first steps at each arm's best rate, then the rates that 0 and 1 bear."""
     lowest, highest = settings.rates[0], settings.rates[-1]
     found = {name: by_rate(settings, runs, name) for name in (ONE, ZERO)}
-    limits = {name: largest(found[name], settings.learned) for name in found}
-    # A seed that learned at no rate counts as the grid's next smaller one: as near as can be.
-    below = lowest * lowest / settings.rates[1]
-    decades = [[math.log10(limit or below) for limit in limits[name]] for name in found]
+    limit = {
+        name: limits.largest(errors, lambda error: error <= settings.learned)
+        for name, errors in found.items()
+    }
+    below = limits.below(settings.rates)
+    decades = [limits.decades(limit[name], settings.rates) for name in found]
 
     def fewer(
         control: Sequence[float], treated: Sequence[float], names: tuple[str, str]
     ) -> Verdict:
-        points = [[100 * error for error in errors] for errors in (control, treated)]
-        return judge(*points, unit="points fewer errors", names=names)
+        return judge_shares(control, treated, errors=True, names=names)
 
     def better(control: str) -> Verdict:
         names = control, ZERO
@@ -304,12 +279,12 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
                 f"For {name} the sweep did not find the best rate for the evaluation's seeds: at "
                 f"{better_at:g}, {means[better_at]:.1%} came out wrong."
             )
-        if highest in limits[name]:
+        if highest in limit[name]:
             caveats.append(
                 f"With {name} the network still learned at {highest:g}, the largest rate tried: "
                 "its limit lies higher."
             )
-        if never := limits[name].count(None):
+        if never := limit[name].count(None):
             caveats.append(
                 f"With {name}, {never} of {counted(settings.seeds, 'seed')} learned at no rate; "
                 f"counted as {below:g}, below all that were tried."
@@ -321,14 +296,14 @@ def analyse(settings: ZeroGammaSettings, runs: Runs) -> Findings:
             f"{error[ONE]}, each at its best learning rate; with a γ of 1 and first outputs made "
             f"as small, {error[MATCHED]}. Its loss was half of a guess's after {soon[ZERO]:g} "
             f"steps, theirs after {soon[ONE]:g} and {soon[MATCHED]:g}. The largest rate at which "
-            f"it learned was {_reach(limits[ZERO])} instead of {_reach(limits[ONE])}. At "
+            f"it learned was {limits.reach(limit[ZERO])} instead of {limits.reach(limit[ONE])}. At "
             f"{lowest:g}, the smallest, {small[ZERO]} came out wrong instead of {small[ONE]}."
         ),
         verdict=verdict,
         table=Table(
             ("start", "best rate", best.columns[2], "steps", "largest rate"),
             tuple(
-                (*row, f"{soon[row[0]]:g}", _reach(limits[row[0]]) if row[0] in limits else "–")
+                (*row, f"{soon[row[0]]:g}", limits.reach(limit[row[0]]) if row[0] in limit else "–")
                 for row in best.rows
             ),
         ),
