@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
+
+from batchnorm.errors import ArgumentError
+
+T = TypeVar("T")
 
 # The report swaps these two, and the colours of the series, for those of the reader's light or dark
 # page; nothing else in a figure may have them.
@@ -31,6 +35,23 @@ LOOKS = (
     Look("#009E73", (0, (1, 1.5)), "^"),
     Look("#CC79A7", (0, (6, 1.5, 1, 1.5)), "D"),
 )
+
+
+def with_looks(series: Mapping[str, T]) -> list[tuple[Look, str, T]]:
+    """Return each series with the look that is its place's.
+
+    >>> [(look.mark, name) for look, name, _ in with_looks({"plain": 1, "BatchNorm": 2})]
+    [('s', 'plain'), ('o', 'BatchNorm')]
+
+    Raises:
+        ArgumentError: There are more series than looks: a figure would hold two that look alike.
+    """
+    if len(series) > len(LOOKS):
+        raise ArgumentError(
+            f"A figure has at most {len(LOOKS)} series, each with a look of its own; got "
+            f"{len(series)}: {', '.join(series)}. Draw fewer, or in several figures."
+        )
+    return [(look, *item) for look, item in zip(LOOKS, series.items(), strict=False)]
 
 
 @contextlib.contextmanager

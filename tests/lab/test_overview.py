@@ -8,7 +8,7 @@ from batchnorm import lab
 from batchnorm.errors import InputError
 from batchnorm.lab.experiments import convergence, explosion
 from batchnorm.lab.overview import markdown, overview, strongest
-from batchnorm.lab.verdict import judge
+from batchnorm.lab.verdict import judge, judge_within
 from web_page import Page
 
 BETTER, WORSE, SAME = [3.0, 4.0, 5.0], [-3.0, -4.0, -5.0], [-1.0, 0.0, 1.0]
@@ -62,6 +62,15 @@ def test_questions_of_ours_are_counted_apart_and_do_not_fail():
     )
     assert [row.claim for row in found.failed] == ["Theirs."]
     assert "| Ours. *(ours)* | contradicted |" in markdown(found)
+    assert found.omitted.startswith("1 question of our own also came out otherwise")
+    assert found.omitted in markdown(found)
+    assert overview([section("a", BETTER, also=[("Ours.", BETTER)], ours=["Ours."])]).omitted == ""
+
+
+def test_a_limit_stands_beside_what_was_measured():
+    within = {**section("a", BETTER), "verdict": judge_within(9.0, [6.0, 5.0, 4.0], unit="s")}
+    numbers = overview([within]).rows[0].numbers
+    assert numbers == "5 (2.52 to 7.48) s, limit 9; 3 of 3 seeds"
 
 
 def test_a_decided_outcome_whose_interval_includes_zero_is_marked():
@@ -102,8 +111,12 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
         ]
         assert found.agreement == (
             "1 of 3 claims came out the same in both; 1 turned from reproduced to contradicted, or "
-            "back. 2 more are judged in one of the two only."
+            "back."
         )
+        assert found.unasked == ("Judged in quick only (a): “Old.” Judged in full only (a): “New.”")
+        assert sorted(found.data) == ["digits", "wine"]
+    more = section("a", [1.0, -1.0, 2.0, 3.0])
+    assert overview([quick, more, full]).both[0][2] == more["verdict"]
     few, many = section("a", BETTER[:2]), section("a", BETTER)
     assert strongest([few, many]) == strongest([many, few]) == [many]
 
@@ -111,7 +124,8 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
 def test_markdown_says_the_same():
     text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
     assert "1 claim of the sources: 1 reproduced." in text
-    claim = "| a\\|b, full | **a\\|b helps.** a\\|b 2015 | **reproduced** | "
+    assert " reproduced. Data: digits. Made by" in text
+    claim = "| [a\\|b, full](a\\|b-full-digits/) | **a\\|b helps.** a\\|b 2015 | **reproduced** | "
     assert f"{claim}+4 (+1.52 to +6.48) steps; 3 of" in text
     assert "## What did not" not in text
     assert text.endswith("\n\n| experiment | claim | quick | full |\n| --- | --- | --- | --- |\n"

@@ -5,7 +5,14 @@ import pytest
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab import verdict
-from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, judge, judge_shares
+from batchnorm.lab.verdict import (
+    CONTRADICTED,
+    REPRODUCED,
+    UNRESOLVED,
+    judge,
+    judge_shares,
+    judge_within,
+)
 
 
 def outcome(differences):
@@ -55,6 +62,29 @@ def test_numbers_and_their_sentence():
 def test_higher_can_be_better():
     assert judge([0.1, 0.2], [0.8, 0.9], unit="", higher_is_better=True).mean == pytest.approx(0.7)
     assert judge([0.1, 0.2], [0.8, 0.9], unit="").outcome == CONTRADICTED
+
+
+def test_a_limit_is_told_with_the_mean_of_what_was_measured():
+    found = judge_within(0.05, [0.01, 0.02, 0.03], unit="relative error")
+    # Mean 0.02, standard error 0.01/sqrt(3) = 0.00577; 4.303 of those on either side.
+    assert found.outcome == REPRODUCED
+    assert found.differences == pytest.approx((0.04, 0.03, 0.02))
+    assert (found.estimate, found.span) == ("0.02", "-0.00484 to 0.0448")
+    assert found.sentence.endswith(
+        "The mean is 0.02 relative error, below the limit of 0.05, with a standard error of "
+        "0.0058: 5.2 standard errors, and more than 2 are needed."
+    )
+    _, margin, interval, _ = found.would_change()
+    assert margin == (
+        "A mean within ±0.0115 relative error of the limit of 0.05 would be unresolved; here it is "
+        "0.02."
+    )
+    assert interval.startswith("95% confidence interval of the mean (Student's t): -0.00484 to")
+    above = judge_within(0.05, [0.07, 0.08, 0.09], unit="s")
+    assert above.outcome == CONTRADICTED
+    assert "The mean is 0.08 s, above the limit of 0.05" in above.sentence
+    assert "at the limit of 2, with" in judge_within(2, [1, 2, 3], unit="s").sentence
+    assert judge_within(2, [1], unit="s").span == ""
 
 
 def test_shares_are_judged_in_points_and_of_errors_fewer_are_better():

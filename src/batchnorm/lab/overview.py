@@ -11,6 +11,12 @@ from batchnorm.lab.words import counted
 
 QUICK, FULL = "quick", "full"
 
+NUMBERS = (
+    "mean paired difference, positive where it went the claim's way (where the claim is that "
+    "something is below a limit: its mean, and the limit), its 95% confidence interval (Student's "
+    "t), and how many seeds went that way."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,12 +43,13 @@ class Row:
         The interval says nothing where an arm never got there; the claim's own page tells.
         """
         verdict = self.verdict
+        limit = f", limit {verdict.limit:g}" if verdict.limit is not None else ""
+        what = f"{verdict.unit}{limit}"
         agree = f"{verdict.right} of {counted(verdict.pairs, 'seed')}"
         # Where all seeds gave the same, or an arm never got there, an interval would mislead.
         if verdict.interval is None or not verdict.standard_error or verdict.bound:
-            return f"{verdict.mean:+.3g} {verdict.unit}; {agree}"
-        low, high = verdict.interval
-        return f"{verdict.mean:+.3g} ({low:+.3g} to {high:+.3g}) {verdict.unit}; {agree}"
+            return f"{verdict.estimate} {what}; {agree}"
+        return f"{verdict.estimate} ({verdict.span}) {what}; {agree}"
 
     @property
     def where(self) -> str:
@@ -60,12 +67,14 @@ class Row:
 class Overview:
     """All claims; `both`: experiment, claim, verdicts of quick and full, where there are both.
 
-    `alone` claims of those experiments are judged in one of the two only.
+    `alone` are the claims of those experiments that are judged in one of the two only: experiment,
+    claim, profile. `data` names the data sets.
     """
 
     rows: tuple[Row, ...]
     both: tuple[tuple[str, str, Verdict, Verdict], ...]
-    alone: int
+    alone: tuple[tuple[str, str, str], ...]
+    data: tuple[str, ...]
 
     @property
     def counts(self) -> str:
@@ -111,9 +120,25 @@ class Overview:
         )
         return (
             f"{same} of {counted(len(self.both), 'claim')} came out the same in both; "
-            f"{turned or 'none'} turned from reproduced to contradicted, or back. "
-            f"{self.alone or 'No'} more {'is' if self.alone == 1 else 'are'} judged in one of the "
-            "two only."
+            f"{turned or 'none'} turned from reproduced to contradicted, or back."
+        )
+
+    @property
+    def unasked(self) -> str:
+        """Which claims are judged in one of the two profiles only; empty if there are none."""
+        return " ".join(
+            f"Judged in {profile} only ({name}): “{claim}”" for name, claim, profile in self.alone
+        )
+
+    @property
+    def omitted(self) -> str:
+        """That questions of our own are not among the failures, where one came out so."""
+        ours = sum(row.ours and row.verdict.outcome != REPRODUCED for row in self.rows)
+        if not ours:
+            return ""
+        return (
+            f"{counted(ours, 'question')} of our own also came out otherwise than asked; nobody "
+            "claimed them, so they are in the table above only."
         )
 
 
@@ -146,23 +171,18 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
         for section in shown
         for place, (claim, (verdict, ours)) in enumerate(_claims(section).items())
     ]
-    both = []
-    alone = 0
+    both, alone = [], []
+    beside = {_subject(s): s for s in strongest([s for s in sections if s["profile"] == QUICK])}
     for section in shown:
-        if section["profile"] != FULL:
+        if section["profile"] != FULL or _subject(section) not in beside:
             continue
-        for other in sections:
-            if other["profile"] == QUICK and _subject(other) == _subject(section):
-                quick = _claims(other)
-                full = _claims(section)
-                both += [
-                    (section["experiment"]["name"], claim, quick[claim][0], verdict)
-                    for claim, (verdict, _) in full.items()
-                    if claim in quick
-                ]
-                alone += len(quick.keys() ^ full.keys())
-                break
-    return Overview(tuple(rows), tuple(both), alone)
+        name = section["experiment"]["name"]
+        quick, full = _claims(beside[_subject(section)]), _claims(section)
+        both += [(name, claim, quick[claim][0], full[claim][0]) for claim in full if claim in quick]
+        for profile, claims, others in ((QUICK, quick, full), (FULL, full, quick)):
+            alone += [(name, claim, profile) for claim in claims if claim not in others]
+    data = dict.fromkeys(section["data"]["name"] for section in shown)
+    return Overview(tuple(rows), tuple(both), tuple(alone), tuple(data))
 
 
 def _claims(section: dict[str, Any]) -> dict[str, tuple[Verdict, bool]]:
@@ -194,18 +214,17 @@ def markdown(found: Overview) -> str:
     lines = [
         "# The claims, and what became of them",
         "",
-        f"{found.counts} Made by `batchnorm lab report` from the results beside it; the rule, the "
-        "recipes and the figures are in the `report.html` that the same command makes.",
+        f"{found.counts} Data: {'; '.join(found.data)}. Made by `batchnorm lab report` from the "
+        "results beside it; the rule, the recipes and the figures are in the `report.html` that "
+        "the same command makes.",
         "",
-        "The numbers: mean paired difference, positive where it went the claim's way, its 95% "
-        f"confidence interval, and how many seeds went that way. {found.by_chance} "
-        f"{found.weakness}".rstrip(),
+        f"The numbers: {NUMBERS} {found.by_chance} {found.weakness}".rstrip(),
         "",
         *_table(
             ("experiment", "claim", "outcome", "numbers"),
             [
                 (
-                    row.where if row.main else "",
+                    f"[{row.where}]({row.anchor}/)" if row.main else "",
                     f"**{row.claim}** {row.source}"
                     if row.main
                     else f"{row.claim}{' *(ours)*' if row.ours else ''}",
@@ -224,8 +243,10 @@ def markdown(found: Overview) -> str:
             f"{row.verdict.sentence}"
             for row in found.failed
         ]
+    if found.omitted:
+        lines += ["", found.omitted]
     if found.both:
-        lines += ["", "## Quick and full", "", found.agreement, ""]
+        lines += ["", "## Quick and full", "", f"{found.agreement} {found.unasked}".rstrip(), ""]
         lines += _table(
             ("experiment", "claim", "quick", "full"),
             [

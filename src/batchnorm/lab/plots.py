@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, PercentFormatter
 
-from batchnorm.figures import INK, LOOKS
+from batchnorm.figures import INK, LOOKS, with_looks
 
 # Inches; at 72 points an inch, 374 points are about the text width of a phone.
 WIDTH = 5.2
@@ -28,6 +28,9 @@ MANY = 8
 #: From four decades on, 1, 2 and 5 of each would be 12 numbers or more on an axis.
 WIDE = 1e4
 
+# Where the marks of each look stand beside their place, in small steps: on it, equal values of two
+# series would hide each other.
+SIDES = (-1, 1, 3, -3)
 
 Rows = Sequence[Sequence[float | None]]
 """One row a seed; None where there was no finite number."""
@@ -155,7 +158,7 @@ def _draw(
     marks: bool,
 ) -> None:
     """Draw each series' median as a line in a band over the seeds."""
-    for look, (name, (x, rows)) in zip(LOOKS, series.items(), strict=False):
+    for look, name, (x, rows) in with_looks(series):
         low, middle, high = summary(rows)
         axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
         axes.plot(
@@ -203,7 +206,7 @@ def sweep(
     figure = Figure((WIDTH, 0.8 + 2.9 * len(panels)))
     grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (title, arms) in zip(grid, panels.items(), strict=True):
-        for side, look, (name, by_rate) in zip((-1, 1), LOOKS, arms.items(), strict=False):
+        for side, (look, name, by_rate) in zip(SIDES, with_looks(arms), strict=False):
             filled = {
                 rate: [horizon if value is None else value for value in values]
                 for rate, values in by_rate.items()
@@ -257,7 +260,7 @@ def quantile_panels(
     figure = Figure((WIDTH, 0.6 + 2.3 * len(panels)))
     grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     labels: list[list[Annotation]] = []
-    for axes, look, (title, (x, quantiles)) in zip(grid, LOOKS, panels.items(), strict=False):
+    for axes, (look, title, (x, quantiles)) in zip(grid, with_looks(panels), strict=True):
         labels.append([])
         for name, rows in quantiles.items():
             low, middle, high = summary(rows)
@@ -278,7 +281,7 @@ def quantile_panels(
     grid[-1].set_xlabel(xlabel)
     # Only a figure that is laid out knows how many points lie between two lines.
     figure.draw_without_rendering()
-    for axes, panel in zip(grid, labels, strict=False):
+    for axes, panel in zip(grid, labels, strict=True):
         heights = [float(axes.transData.transform(label.xy)[1]) for label in panel]
         heights = [height * 72 / figure.dpi for height in heights]
         for label, height, free in zip(panel, heights, apart(heights, 10), strict=True):
@@ -316,7 +319,7 @@ def by_layer(
     """
     figure = Figure((WIDTH, 3.4))
     axes = figure.subplots()
-    for side, look, (name, rows) in zip((-1, 1, 3, -3), LOOKS, series.items(), strict=False):
+    for side, (look, name, rows) in zip(SIDES, with_looks(series), strict=False):
         if lines and name in lines:
             along = range(1, len(lines[name]) + 1)
             axes.plot(along, lines[name], color=INK, linestyle=":", linewidth=1)
@@ -359,8 +362,10 @@ def strips(
         axes.axvline(level, color=INK, linewidth=1, linestyle=":")
     axes.set(xlabel=xlabel, ylim=(-len(series) + 0.4, 0.6))
     axes.set_yticks([-place for place in range(len(series))], list(series))
-    # From zero, and to where the last mark is whole.
-    axes.set_xlim(0, 1.05 * max(max(values) for values in series.values()))
+    # Zero, and every mark whole.
+    ends = [0.0, *(value for values in series.values() for value in values)]
+    room = 0.05 * (max(ends) - min(ends))
+    axes.set_xlim(min(ends) - room if min(ends) < 0 else 0, max(ends) + room)
     axes.grid(visible=False, axis="y")
     return figure
 

@@ -14,7 +14,7 @@ from batchnorm import figures
 from batchnorm.errors import BatchNormError
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
-from batchnorm.lab.overview import Overview, markdown, overview, strongest
+from batchnorm.lab.overview import NUMBERS, Overview, markdown, overview, strongest
 from batchnorm.lab.runner import RUN_S
 from batchnorm.lab.store import write_atomically
 from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
@@ -84,7 +84,12 @@ def _write(
     )
     page = environment.get_template(TEMPLATE)
     html = page.render(
-        title=title, sections=sections, overview=above, looks=figures.LOOKS, marks=MARKS
+        title=title,
+        sections=sections,
+        overview=above,
+        numbers=NUMBERS,
+        looks=figures.LOOKS,
+        marks=MARKS,
     )
     path = directory / FILE
     write_atomically(path, html)

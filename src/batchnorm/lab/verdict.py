@@ -49,7 +49,8 @@ class Verdict:
     """The outcome, the numbers that it follows from, and both in one sentence.
 
     `false_rate` is how often the rule gives *reproduced* when there is no effect at all, with this
-    many seeds and normally distributed differences.
+    many seeds and normally distributed differences. With a `limit` the differences are from what
+    was measured up to it.
     """
 
     outcome: str
@@ -65,6 +66,7 @@ class Verdict:
     censored_control: int
     censored_treated: int
     false_rate: float
+    limit: float | None = None
 
     @property
     def pairs(self) -> int:
@@ -84,22 +86,38 @@ class Verdict:
         return self.mean - reach, self.mean + reach
 
     @property
+    def estimate(self) -> str:
+        """The mean difference, signed; with a limit, the mean of what was measured."""
+        return f"{self.mean:+.3g}" if self.limit is None else f"{self.limit - self.mean:.3g}"
+
+    @property
+    def span(self) -> str:
+        """The interval of the estimate, in words; empty if there is none."""
+        if self.interval is None:
+            return ""
+        low, high = self.interval
+        if self.limit is None:
+            return f"{low:+.3g} to {high:+.3g}"
+        return f"{self.limit - high:.3g} to {self.limit - low:.3g}"
+
+    @property
     def bound(self) -> bool:
         """Whether an arm never got there, so that the mean difference is no more than a bound."""
         return self.pairs in (self.censored_control, self.censored_treated) and self.pairs > 0
 
     def would_change(self) -> tuple[str, ...]:
         """Say what results, with these seeds, would have made the outcome another one."""
-        if self.standard_error is None or self.interval is None:
+        if self.standard_error is None:
             return ("At least 2 seeds are needed for any verdict.",)
-        interval = " to ".join(f"{end:+.3g}" for end in self.interval)
+        what, origin = "mean difference", "zero"
+        if self.limit is not None:
+            what, origin = "mean", f"the limit of {self.limit:g}"
         return (
             f"With {self.pairs} seeds at most {self.pairs - self.needed} may disagree or tie; here "
             f"{self.pairs - max(self.right, self.wrong)} did.",
-            f"A mean difference within ±{STANDARD_ERRORS * self.standard_error:.3g} {self.unit} of "
-            f"zero would be unresolved; here it is {self.mean:+.3g}.",
-            f"95% confidence interval of the mean difference (Student's t): {interval} "
-            f"{self.unit}.",
+            f"A {what} within ±{STANDARD_ERRORS * self.standard_error:.3g} {self.unit} of {origin} "
+            f"would be unresolved; here it is {self.estimate}.",
+            f"95% confidence interval of the {what} (Student's t): {self.span} {self.unit}.",
             "If there were no effect at all, and seeds differed as normal draws do, the rule would "
             f"still say “reproduced” in {self.false_rate:.1%} of repetitions with {self.pairs} "
             "seeds.",
@@ -148,6 +166,28 @@ def judge(
         ArgumentError: The two differ in length, a value is not finite, or a run is censored and
             there is no horizon.
     """
+    return _judge(control, treated, unit, names, horizon, higher_is_better)
+
+
+def judge_within(limit: float, values: Sequence[float], *, unit: str) -> Verdict:
+    """Judge the claim that every seed's value is below a limit that was chosen beforehand.
+
+    >>> found = judge_within(0.05, [0.01, 0.02, 0.03], unit="relative error")
+    >>> found.outcome, found.estimate, found.span
+    ('reproduced', '0.02', '-0.00484 to 0.0448')
+    """
+    return _judge([limit] * len(values), values, unit, ("limit", "measured"), limit=limit)
+
+
+def _judge(
+    control: Sequence[float | None],
+    treated: Sequence[float | None],
+    unit: str,
+    names: tuple[str, str],
+    horizon: float | None = None,
+    higher_is_better: bool = False,
+    limit: float | None = None,
+) -> Verdict:
     if len(control) != len(treated):
         raise ArgumentError(
             f"Paired seeds need one control for each treated run; got {len(control)} and "
@@ -170,7 +210,7 @@ def judge(
     outcome = {1: REPRODUCED, -1: CONTRADICTED, 0: UNRESOLVED}[int(_direction(differences))]
     return Verdict(
         outcome=outcome,
-        sentence=_sentence(unit, pairs, mean, error, counts, horizon, arms),
+        sentence=_sentence(unit, pairs, mean, error, counts, horizon, arms, limit),
         unit=unit,
         differences=tuple(float(d) for d in differences),
         mean=mean,
@@ -179,6 +219,7 @@ def judge(
         censored_control=censored[0],
         censored_treated=censored[1],
         false_rate=false_rate(pairs),
+        limit=limit,
         **counts,
     )
 
@@ -255,13 +296,14 @@ def _sentence(
     counts: dict[str, int],
     horizon: float | None,
     censored: dict[str, int],
+    limit: float | None,
 ) -> str:
     if error is None:
         return (
             f"{counted(pairs, 'paired seed')} cannot show how much seeds differ; the rule needs at "
             "least 2."
         )
-    strength = _strength(unit, pairs, mean, error, horizon, censored)
+    strength = _strength(unit, pairs, mean, error, horizon, censored, limit)
     ties = f", {counts['tied']} tied" if counts["tied"] else ""
     return (
         f"{counts['right']} of {pairs} paired seeds went the claim's way and {counts['wrong']} "
@@ -276,6 +318,7 @@ def _strength(
     error: float,
     horizon: float | None,
     censored: dict[str, int],
+    limit: float | None,
 ) -> str:
     """Say how far the mean is from zero, or why its standard error cannot tell."""
     never = [name for name, count in censored.items() if count == pairs]
@@ -298,6 +341,12 @@ def _strength(
         if error
         else "every seed gave the same"
     )
+    if limit is not None:
+        side = "below" if mean > 0 else "above" if mean < 0 else "at"
+        return (
+            f"The mean is {limit - mean:.3g} {unit}, {side} the limit of {limit:g}, with a "
+            f"standard error of {error:.2g}: {distance}."
+        )
     return (
         f"The mean difference, positive for the claim, is {mean:+.3g} {unit} with a standard error "
         f"of {error:.2g}: {distance}."

@@ -25,7 +25,7 @@ from batchnorm.lab.experiments import (
     Table,
     Trial,
 )
-from batchnorm.lab.verdict import Verdict, judge, judge_shares
+from batchnorm.lab.verdict import Verdict, judge, judge_shares, judge_within
 from batchnorm.lab.words import counted
 
 CLEAN = "clean"
@@ -238,12 +238,7 @@ def analyse(settings: CorruptionSettings, runs: Runs) -> Findings:
         )
 
     lost = [-gain for gain in gains(runs, of_batches, CLEAN)]
-    nothing_lost = judge(
-        [TOLERANCE] * len(lost),
-        lost,
-        unit="points of accuracy",
-        names=("tolerance", "loss"),
-    )
+    nothing_lost = judge_within(TOLERANCE, lost, unit="points of accuracy lost")
     verdict = better(TRAINED, of_batches)
 
     def share(values: Sequence[float]) -> str:

@@ -28,7 +28,7 @@ from batchnorm.lab.experiments import (
     Table,
     Trial,
 )
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_within
 from batchnorm.lab.words import counted
 
 STACK, RESNET = "conv", "ResNet"
@@ -287,9 +287,7 @@ def analyse(settings: CostSettings, runs: Runs) -> Findings:
         return judge(added, plain, unit=units[STEP], names=(RECOMPUTED, CHECKPOINTED))
 
     def no_more(what: str, arm: str) -> Verdict:
-        extra = [value - 1 for value in by_seed(runs, what, arm)]
-        allowed = [TOLERANCE] * len(extra)
-        return judge(allowed, extra, unit=units[what], names=("tolerance", "extra"))
+        return judge_within(1 + TOLERANCE, by_seed(runs, what, arm), unit=units[what])
 
     stacks = [r for r in runs if r.trial.network == STACK]
 

@@ -38,7 +38,7 @@ from batchnorm.lab.experiments import (
     Trial,
 )
 from batchnorm.lab.tuning import select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_within
 from batchnorm.lab.words import counted
 
 PLAIN, RELU, LINEAR = "ReLU, no BatchNorm", "ReLU", "linear"
@@ -195,9 +195,7 @@ def analyse(settings: ExplosionSettings, runs: Runs) -> Findings:
     narrow, wide = min(settings.widths), max(settings.widths)
 
     def near(network: str, batch: int) -> Verdict:
-        found = errors(runs, network, batch, width)
-        names = ("tolerance", "error")
-        return judge([TOLERANCE] * len(found), found, unit="relative error", names=names)
+        return judge_within(TOLERANCE, errors(runs, network, batch, width), unit="relative error")
 
     verdict = near(RELU, batch)
     because = judge(

@@ -40,7 +40,7 @@ from batchnorm.lab.experiments import (
 )
 from batchnorm.lab.networks import nothing
 from batchnorm.lab.tuning import select
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge_within
 from batchnorm.lab.words import counted
 
 PLAIN, NORMALIZED = ARMS = ("plain", "BatchNorm")
@@ -222,8 +222,7 @@ def analyse(settings: InvarianceSettings, runs: Runs) -> Findings:
     """Judge each change against the tolerance."""
 
     def same(errors: Sequence[float]) -> Verdict:
-        names = ("tolerance", "change")
-        return judge([TOLERANCE] * len(errors), errors, unit="relative change", names=names)
+        return judge_within(TOLERANCE, errors, unit="relative change")
 
     a, boost = settings.trained, settings.trained**2
     drift, slower = ([max(row) for row in apart(settings, runs, factor)] for factor in (boost, 1.0))

@@ -28,7 +28,7 @@ from batchnorm.lab.experiments import (
     Table,
     Trial,
 )
-from batchnorm.lab.verdict import Verdict, judge
+from batchnorm.lab.verdict import Verdict, judge, judge_within
 from batchnorm.lab.words import counted
 
 PLAIN, FIRST, LAST = ARMS = ("plain", "BatchNorm first", "BatchNorm last")
@@ -140,8 +140,7 @@ def analyse(settings: ResidualSettings, runs: Runs) -> Findings:
     """Judge the worst block's share against the theory's, and the arms against each other."""
 
     def near(errors: Sequence[float]) -> Verdict:
-        names = ("tolerance", "error")
-        return judge([TOLERANCE] * len(errors), errors, unit="relative error", names=names)
+        return judge_within(TOLERANCE, errors, unit="relative error")
 
     verdict = near([worst(shares, FIRST) for shares in curves(runs, FIRST)])
     last = {arm: [shares[-1] for shares in curves(runs, arm)] for arm in ARMS}
