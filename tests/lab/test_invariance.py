@@ -170,4 +170,4 @@ def test_analysis_speaks_in_the_runs_own_numbers():
     assert "they came to be 60% of it apart" in found.summary
     assert "× 0.01 the outputs changed by up to 25%" in found.caveats[0]
     assert "‖W‖² grew by 20.00%" in found.not_shown[0]
-    assert found.table.rows[1] == ("× 10", "9.0e+02", "1.0e-07", "0.2", "2.000000")
+    assert found.table.rows[1] == ("× 10", "9.0e+02", "1.0e-07", "0.2", "2")

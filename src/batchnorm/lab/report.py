@@ -88,6 +88,7 @@ def _write(
         sections=sections,
         overview=above,
         numbers=NUMBERS,
+        zip=zip,
         looks=figures.LOOKS,
         marks=MARKS,
     )

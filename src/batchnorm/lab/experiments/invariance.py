@@ -246,7 +246,7 @@ def analyse(settings: InvarianceSettings, runs: Runs) -> Findings:
                 f"{change[PLAIN]:.1e}",
                 f"{change[NORMALIZED]:.1e}",
                 f"{norm:.4g}",
-                f"{factor * norm:.6f}",
+                f"{factor * norm:.4g}",
             )
         )
     return Findings(
