@@ -79,15 +79,17 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         z, x, c_before, *parameters, hidden, cell, step = inputs
         # If the cell is refused nothing must have been changed.
-        a, ctx.of_hidden = hidden.forward(step, z, x, later=True)
-        i, f, g, o = a.chunk(4, 1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        gates, ctx.of_hidden = hidden.forward(step, z, x, later=True)
+        i, f, g, o = gates.chunk(4, 1)
+        gates[:, : 2 * c_before.shape[1]].sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
         c = torch.addcmul(i * g, f, c_before)
         t, ctx.of_cell = cell.forward(step, c)
         hidden.keep(step, ctx.of_hidden)
         t.tanh_()
         ctx.norms = hidden, cell
-        ctx.save_for_backward(z, x, c_before, *parameters, i, f, g, o, c, t)
+        ctx.save_for_backward(z, x, c_before, *parameters, gates, c, t)
         return o * t, c
 
     @staticmethod
@@ -105,8 +107,9 @@ class _Node(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dh: Tensor, dc: Tensor) -> tuple[Tensor, ...]:
-    z, _, c_before, gamma_h, _, gamma_c, _, i, f, g, o, c, t = ctx.saved_tensors
+    z, _, c_before, gamma_h, _, gamma_c, _, gates, c, t = ctx.saved_tensors
     hidden, cell = ctx.norms
+    i, f, g, o = gates.chunk(4, 1)
     of_c, of_gamma_c, of_beta_c = cell.backward(_tanh_backward(dh * o, t), c, gamma_c, *ctx.of_cell)
     dc = dc + of_c
     of_gates = (

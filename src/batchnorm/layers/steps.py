@@ -193,7 +193,8 @@ class ByFunction(Steps):
         mean, var, counter = self.running[step]
         statistics, count, by_batch = of_step
         if by_batch and mean is not None and var is not None:
-            refused = native.update(*statistics, count, mean, var, counter, self.share)
+            of_mean, of_var = statistics.unbind()
+            refused = native.update(of_mean, of_var, count, mean, var, counter, self.share)
             self._kept(step, of_step, refused)
 
     def _kept(self, step: int, of_step: OfStep, refused: int) -> None:
