@@ -14,7 +14,6 @@ from batchnorm.errors import ArgumentError, InputError
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.lstm_step import step_of
 from batchnorm.layers.recurrent_checks import (
-    PARTS,
     check_input,
     check_keys,
     check_mask,
@@ -24,6 +23,9 @@ from batchnorm.layers.recurrent_checks import (
     check_state,
 )
 from batchnorm.layers.steps import add_steps, along, steps_by_batch
+
+#: What can be normalised.
+PARTS = ("input", "hidden", "cell")
 
 State = tuple[Tensor, Tensor]
 
@@ -115,7 +117,7 @@ class BatchNormLSTM(nn.RNNBase):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
-        check_options(max_length, normalize, gamma)
+        check_options(max_length, normalize, gamma, PARTS)
         gates = [part for part in ("hidden", "input") if part in normalize]
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias and not gates, batch_first, dropout,

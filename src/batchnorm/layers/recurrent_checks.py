@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentError, InputError
 
-#: What can be normalised.
-PARTS = ("input", "hidden", "cell")
-
 #: Keys of a state dict that a message shows: nn.LSTM's of one layer in one direction.
 _SHOWN = 4
 
 _LOADING: CodeType = nn.Module.load_state_dict.__code__
 
 
-def check_options(max_length: int, normalize: Collection[str], gamma: float) -> None:
+def check_options(
+    max_length: int, normalize: Collection[str], gamma: float, parts: Collection[str]
+) -> None:
     """Refuse options that are impossible; torch's own and BatchNorm's are refused by those."""
     if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
         raise ArgumentError(
@@ -30,9 +29,9 @@ def check_options(max_length: int, normalize: Collection[str], gamma: float) -> 
             f"{max_length!r}"
         )
     several = isinstance(normalize, Collection) and not isinstance(normalize, str)
-    if not several or not all(isinstance(part, str) and part in PARTS for part in normalize):
+    if not several or not all(isinstance(part, str) and part in parts for part in normalize):
         raise ArgumentError(
-            f"expected normalize to be some of {', '.join(map(repr, PARTS))}, such as ('input',), "
+            f"expected normalize to be some of {', '.join(map(repr, parts))}, such as ('input',), "
             f"or () for none, got {normalize!r}"
         )
     if not isinstance(gamma, Real) or isinstance(gamma, bool):
