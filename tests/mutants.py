@@ -175,7 +175,8 @@ TESTS = {
         "tools/test_recalibrate_processes.py",
     ],
     "tools/together.py": TOGETHER,
-    "layers/recurrent.py": ["layers/test_recurrent.py"],
+    "layers/recurrent.py": ["layers/test_recurrent.py", "layers/test_recurrent_checks.py"],
+    "layers/recurrent_checks.py": ["layers/test_recurrent_checks.py", "layers/test_recurrent.py"],
     "layers/steps.py": ["layers/test_steps.py", "layers/test_recurrent.py"],
     "layers/lstm_step.py": ["layers/test_lstm_step.py", "layers/test_recurrent.py"],
     "layers/batch_norm.py": [

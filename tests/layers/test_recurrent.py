@@ -410,7 +410,7 @@ X = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
         (lambda: BatchNormLSTM(3, 4, normalize=["output"]), ArgumentError, r"got \['output'\]"),
         (lambda: BatchNormLSTM(3, 4, gamma="small"), ArgumentError, "gamma to be a number"),
         (lambda: BatchNormLSTM(3, 4, eps=0), ArgumentError, "eps > 0"),
-        (lambda: BatchNormLSTM(3, 4)(X[..., :2]), InputError, "floating input with 3 channels"),
+        (lambda: BatchNormLSTM(3, 4)(X[..., :2]), InputError, r"shape \(L, N, 3\)"),
         (lambda: BatchNormLSTM(3, 4)(X[:0]), InputError, "at least one step"),
         (lambda: BatchNormLSTM(3, 4)(X[None]), InputError, r"input of shape \(L, N, channels\)"),
         (lambda: BatchNormLSTM(3, 4)(X, mask=torch.ones(4, 6)), InputError, "mask of bool"),

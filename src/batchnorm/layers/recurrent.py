@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,15 @@ from torch.nn.utils.rnn import PackedSequence
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.lstm_step import step_of
+from batchnorm.layers.recurrent_checks import (
+    check_input,
+    check_keys,
+    check_mask,
+    check_options,
+    check_packed,
+    check_pair,
+    check_state,
+)
 from batchnorm.layers.steps import add_steps, along, steps_by_batch
 
 #: What can be normalised.
@@ -109,7 +117,7 @@ class BatchNormLSTM(nn.RNNBase):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
     ) -> None:
-        _check(max_length, normalize, gamma)
+        check_options(max_length, normalize, gamma, PARTS)
         gates = [part for part in ("hidden", "input") if part in normalize]
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias and not gates, batch_first, dropout,
@@ -169,6 +177,7 @@ class BatchNormLSTM(nn.RNNBase):
             InputError: the input does not fit, or in training there is but one sequence.
             ArgumentError: within `with bank(...)`: steps have banks of their own.
         """
+        check_pair(hx)
         if not self.normalize and mask is None:
             lstm: Any = nn.LSTM.forward
             output: tuple[Tensor | PackedSequence, State] = lstm(self, input, hx)
@@ -183,20 +192,16 @@ class BatchNormLSTM(nn.RNNBase):
             if mask is not None:
                 raise InputError("expected no mask with a PackedSequence, which has no padding")
             return self._forward_packed(input, hx)
+        masked = mask is not None
+        check_input(input, self.input_size, batch_first=self.batch_first, masked=masked)
+        if masked:
+            check_mask(mask, input, batch_first=self.batch_first)
         batched = input.dim() == 3
-        if not batched and (input.dim() != 2 or mask is not None):
-            raise InputError(
-                "expected input of shape (L, N, channels), (N, L, channels) with batch_first, or "
-                f"(L, channels) and no mask, got {tuple(input.shape)}"
-            )
         x = input.transpose(0, 1) if batched and self.batch_first else input
         x = x if batched else x[:, None]
-        if hx is not None and not batched:
-            hx = hx[0][:, None], hx[1][:, None]
         time, number, channels = x.shape
-        state = self._state(hx, number, x)
+        state = self._state(hx, number if batched else None, x)
         if mask is None:
-            self._check_input(x)
             y, state = self._layers(x.reshape(-1, channels), [number] * time, state)
             y = y.view(time, number, -1)
         else:
@@ -208,7 +213,7 @@ class BatchNormLSTM(nn.RNNBase):
     def _forward_packed(
         self, packed: PackedSequence, hx: State | None
     ) -> tuple[PackedSequence, State]:
-        self._check_input(packed.data)
+        check_packed(packed.data, self.input_size)
         sizes = packed.batch_sizes.tolist()
         state = self._state(hx, sizes[0], packed.data)
         if packed.sorted_indices is not None:
@@ -220,15 +225,8 @@ class BatchNormLSTM(nn.RNNBase):
 
     def _forward_masked(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
         """What the mask leaves, packed: the longest sequence first, each without its gaps."""
-        self._check_input(x)
         mask = mask.transpose(0, 1) if self.batch_first else mask
         time, number, _ = x.shape
-        if mask.dtype != torch.bool or mask.shape != (time, number):
-            shape = (number, time) if self.batch_first else (time, number)
-            raise InputError(
-                f"expected a mask of bool and of shape {shape}, got {mask.dtype} and "
-                f"{tuple(mask.shape if not self.batch_first else mask.T.shape)}"
-            )
         lengths, order = mask.sum(0).sort(descending=True, stable=True)
         sizes = mask.sort(0, descending=True).values.sum(1).tolist()
         sizes = sizes[: sizes.index(0)] if 0 in sizes else sizes
@@ -292,49 +290,58 @@ class BatchNormLSTM(nn.RNNBase):
     def _width(self) -> int:
         return self.proj_size or self.hidden_size
 
-    def _check_input(self, x: Tensor) -> None:
-        if not x.is_floating_point() or x.shape[-1] != self.input_size or not x.numel():
-            raise InputError(
-                f"expected floating input with {self.input_size} channels, at least one step and "
-                f"one sequence, got {x.dtype} of shape {tuple(x.shape)}"
-            )
-
-    def _state(self, hx: State | None, number: int, x: Tensor) -> State:
-        """What to start from, in the batch's order."""
+    def _state(self, hx: State | None, number: int | None, x: Tensor) -> State:
+        """What to start from, in the batch's order; number: of sequences, None for one alone."""
         layers = self.num_layers * (1 + self.bidirectional)
-        shapes = (layers, number, self._width()), (layers, number, self.hidden_size)
+        batch = () if number is None else (number,)
+        shapes = (layers, *batch, self._width()), (layers, *batch, self.hidden_size)
         if hx is None:
-            return x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
-        if isinstance(hx, Tensor) or len(hx) != 2:
-            got = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)} things"
-            raise InputError(f"expected (h_0, c_0), got {got}; a mask goes by its name: mask=mask")
-        h, c = hx
-        if (h.shape, c.shape) != shapes:
-            raise InputError(
-                f"expected (h_0, c_0) of shapes {shapes[0]} and {shapes[1]}, got {tuple(h.shape)} "
-                f"and {tuple(c.shape)}"
-            )
-        alike = h.dtype == c.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        if not alike or not h.device == c.device == x.device:
-            raise InputError(
-                f"expected (h_0, c_0) of {x.dtype} on {x.device}, as x is, got {h.dtype} on "
-                f"{h.device} and {c.dtype} on {c.device}"
-            )
-        return h, c
+            h, c = x.new_zeros(shapes[0]), x.new_zeros(shapes[1])
+        else:
+            h, c = hx
+            check_state(h, c, shapes, x)
+        return (h, c) if batch else (h[:, None], c[:, None])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        if self.normalize:
+            check_keys(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         counts = [
-            sum(int(count) > 0 for key, count in state_dict.items() if _is_counter(key, start))
-            for start in (f"{prefix}norms.0.{part}." for part in self.normalize[:1])
+            int(count) > 0
+            for part in self.normalize[:1]
+            for key, count in state_dict.items()
+            if _is_counter(key, f"{prefix}norms.0.{part}.")
         ]
-        self._reached = sum(counts)
+        if counts:  # none of them: statistics stay as they are
+            self._reached = sum(counts)
+
+    def __repr__(self) -> str:
+        """One line, as nn.LSTM's: the norms within are too many to be shown, a bank for each step.
+
+        They are in `norms`.
+        """
+        return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        """torch's, and what is normalised."""
-        return f"{super().extra_repr()}, max_length={self.max_length}, normalize={self.normalize}"
+        """torch's, what is normalised, and how."""
+        norms = list(self._every_norm())
+        text = super().extra_repr()
+        if any(norm.bias is not None for norm in norms):
+            text = text.replace(", bias=False", "")  # of torch's biases, in whose place is β
+        parts = [text, f"normalize={self.normalize}"]
+        if norms:
+            parts[1:1] = [f"max_length={self.max_length}"]
+            parts.append(f"gamma={self.gamma}")
+        for name, usual in (("eps", 1e-5), ("momentum", 0.1)):
+            values = {getattr(norm, name) for norm in norms}
+            if values - {usual}:
+                parts.append(f"{name}={values.pop() if len(values) == 1 else 'various'}")
+        frozen = sum(norm._frozen for norm in norms)
+        if frozen:
+            parts.append("frozen" if frozen == len(norms) else f"{frozen} of {len(norms)} frozen")
+        return ", ".join(parts)
 
 
 class _Cell(NamedTuple):
@@ -381,18 +388,3 @@ def _reversal(sizes: Sequence[int], device: torch.device) -> Tensor:
     row = torch.arange(len(steps)) - begins[steps]
     lengths = (torch.tensor(sizes)[:, None] > torch.arange(sizes[0])).sum(0)
     return (begins[lengths[row] - 1 - steps] + row).to(device)
-
-
-def _check(max_length: int, normalize: Collection[str], gamma: float) -> None:
-    """Refuse options that are impossible; torch's own and BatchNorm's are refused by those."""
-    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
-        raise ArgumentError(
-            f"expected max_length of at least 1, the steps with statistics of their own, got "
-            f"{max_length!r}"
-        )
-    if isinstance(normalize, str) or not set(normalize) <= set(PARTS):
-        raise ArgumentError(
-            f"expected normalize to be some of {', '.join(map(repr, PARTS))}, got {normalize!r}"
-        )
-    if not isinstance(gamma, Real) or isinstance(gamma, bool):
-        raise ArgumentError(f"expected gamma to be a number, got {gamma!r}")

@@ -53,7 +53,7 @@ def along(norm: BatchNorm, sizes: Sequence[int], reached: int, length: int) -> S
     last = (reached or len(sizes)) - 1
     places = (step if step < by_batch else min(step, last) for step in range(len(sizes)))
     names = [_BANK.format(place) if place < length - 1 else None for place in places]
-    if (norm.training and sizes[0] < FEWEST) or _is_more_than_its_function(norm):
+    if (norm.training and sizes[0] < FEWEST) or _needs_its_call(norm):
         return Steps(norm, sizes, by_batch, names)
     if norm._frozen:
         by_batch = 0
@@ -281,7 +281,7 @@ class _Affine(Steps):
         return torch.addcmul(residual + shift, x, scale).to(dtype)
 
 
-def _is_more_than_its_function(norm: BatchNorm) -> bool:
+def _needs_its_call(norm: BatchNorm) -> bool:
     """Whether a call of the layer is, or may be, more than `functional.step`."""
     return bool(
         type(norm) is not BatchNorm  # by parametrization, too

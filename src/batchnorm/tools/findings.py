@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from batchnorm.errors import ArgumentError
 
 SEVERITIES = ("error", "warning", "info")
+#: What one of each is called where they are counted.
+NOUNS = {"error": "error", "warning": "warning", "info": "remark"}
 
 #: Every code and what it stands for. A code keeps its meaning for ever; docs/findings has a page of
 #: each. BN1xx: statistics. BN2xx: how layers are set up and used. BN3xx: what comes into them.
@@ -149,6 +152,22 @@ class Diagnosis:
     gap: Gap | None = None
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """What was found and of how much, in a line; the rest is in the attributes."""
+        parts = []
+        for severity in SEVERITIES:
+            codes = Counter(f.code for f in self.findings if f.severity == severity)
+            if codes:
+                shown = (f"{c} × {n}" if n > 1 else c for c, n in codes.items())
+                parts.append(f"{counted(codes.total(), NOUNS[severity])}: {', '.join(shown)}")
+        facts = [counted(len(self.layers), "layer")]
+        if self.gap is not None:
+            gap = f"gap {self.gap.value:.2g} ± {self.gap.error:.1g}"
+            facts.append(f"{gap} over {counted(self.gap.batches, 'batch', 'batches')}")
+        if self.notes:
+            facts.append(counted(len(self.notes), "note"))
+        return f"Diagnosis({'; '.join([*(parts or ['no findings']), ', '.join(facts)])})"
+
     def worst(self) -> str | None:
         """The highest severity among the findings; None if there are none."""
         return min((f.severity for f in self.findings), key=SEVERITIES.index, default=None)
@@ -161,6 +180,11 @@ class Diagnosis:
             "gap": None if self.gap is None else asdict(self.gap),
             "notes": list(self.notes),
         }
+
+
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """A number of things."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def ordered(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -68,7 +68,8 @@ def recalibrate(
         model: with any batch norm layers. It may be compiled, which is not used here; of what is
             wrapped in DistributedDataParallel, the buffers are not broadcast meanwhile.
         batches: any iterable of batches as the model takes them: tensors; tuples, whose first
-            element is the input; dicts of keyword arguments. Not an iterator, for "layerwise".
+            element is the input; dicts of keyword arguments, such as a mask. Not an iterator, for
+            "layerwise".
         step: called as step(model, batch) in place of that.
         method: "batch" or "layerwise".
         process_group: pool what all processes of a torch.distributed group have, or "world" for

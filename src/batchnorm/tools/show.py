@@ -11,7 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from batchnorm.tools.findings import SEVERITIES, Diagnosis, Finding, Gap, LayerReport
+from batchnorm.tools.findings import (
+    NOUNS,
+    SEVERITIES,
+    Diagnosis,
+    Finding,
+    Gap,
+    LayerReport,
+    counted,
+)
 
 #: Characters in a line, where the terminal has more: longer ones are hard to read.
 WIDTH = 110
@@ -24,7 +32,6 @@ LARGE, NAMED = 0.1, 3
 
 _COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _LETTERS = {"error": "E", "warning": "W", "info": "i"}
-_COUNTED = {"error": "error", "warning": "warning", "info": "remark"}
 
 _Value = Callable[[LayerReport], Any]
 
@@ -105,11 +112,11 @@ def _headline(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
         (sum(finding.severity == severity for finding in diagnosis.findings), severity)
         for severity in SEVERITIES
     ]
-    said = ", ".join(_counted(n, _COUNTED[severity]) for n, severity in counts if n)
+    said = ", ".join(counted(n, NOUNS[severity]) for n, severity in counts if n)
     worst = diagnosis.worst()
     # Without layers there was nothing to be right or wrong.
     style = "" if not diagnosis.layers else _COLOURS[worst] if worst else "bold green"
-    layers = _counted(len(diagnosis.layers), "batch norm layer")
+    layers = counted(len(diagnosis.layers), "batch norm layer")
     yield from _wrapped(f"{layers}: {said or 'nothing found'}", width, style=style)
     if diagnosis.gap is not None:
         yield from _wrapped(_gap(diagnosis.gap), width)
@@ -124,11 +131,11 @@ def _gap(gap: Gap) -> str:
     if not math.isfinite(gap.value):
         return (
             "How far outputs of train() and eval() differ cannot be said: there is NaN or infinity "
-            f"in them{left}. From {_counted(gap.batches, 'batch', 'batches')}."
+            f"in them{left}. From {counted(gap.batches, 'batch', 'batches')}."
         )
     return (
         f"Outputs of train() and eval() differ by {gap.value:.2g}{error} (1: as much as "
-        f"examples differ from each other){left}. From {_counted(gap.batches, 'batch', 'batches')}."
+        f"examples differ from each other){left}. From {counted(gap.batches, 'batch', 'batches')}."
     )
 
 
@@ -151,7 +158,7 @@ def _found(
     for message, layers in list(said.items())[:SAME]:
         yield from _wrapped(f"{_listed(layers)}: {message}", width, "  ", "    ")
     if more := sum(map(len, list(said.values())[SAME:])):
-        yield Text(f"  … and {_counted(more, 'more layer')}", style="dim")
+        yield Text(f"  … and {counted(more, 'more layer')}", style="dim")
     if remedy:
         yield from _wrapped(f"→ {remedy}", width, "  ", "    ", style="green")
 
@@ -188,7 +195,7 @@ def _table(diagnosis: Diagnosis, width: int) -> Iterable[Text]:
         codes = " ".join(dict.fromkeys(finding.code for finding in found))
         yield line.append(f"  {codes}" if codes else "", style=_COLOURS.get(worst, ""))
     if hidden:
-        yield from _wrapped(f"… and {_counted(hidden, 'layer')} with less to tell", width, "   ")
+        yield from _wrapped(f"… and {counted(hidden, 'layer')} with less to tell", width, "   ")
     shown = {name for _, name, _ in columns}
     for word, text in _LEGEND.items():
         if word in shown:
@@ -228,10 +235,6 @@ def _listed(layers: Sequence[str]) -> str:
     if len(layers) == 1:
         return layers[0]
     return f"{len(layers)} layers ({', '.join(layers[:3])}{', …' if len(layers) > 3 else ''})"
-
-
-def _counted(number: int, noun: str, nouns: str = "") -> str:
-    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _wrapped(
