@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from batchnorm.layers.recurrent_checks import (
     check_packed,
     check_pair,
     check_state,
+    check_steps,
 )
 from batchnorm.layers.steps import add_steps, along, steps_by_batch
 
@@ -302,11 +303,18 @@ class BatchNormLSTM(nn.RNNBase):
             check_state(h, c, shapes, x)
         return (h, c) if batch else (h[:, None], c[:, None])
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's; InputError for a state dict of something else, if it must fit."""
+        if strict and self.normalize:
+            check_keys(state_dict, self)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if self.normalize:
-            check_keys(state_dict, self, prefix)
+        check_steps(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         counts = [
             int(count) > 0

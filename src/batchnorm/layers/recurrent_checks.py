@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
-from types import CodeType
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from batchnorm.errors import ArgumentError, InputError
 #: Keys of a state dict that a message shows: nn.LSTM's of one layer in one direction.
 _SHOWN = 4
 
-_LOADING: CodeType = nn.Module.load_state_dict.__code__
+_NORMS = "norms."
 
 
 def check_options(
@@ -143,56 +141,51 @@ def check_state(h: Tensor, c: Tensor, shapes: tuple[Any, Any], x: Tensor) -> Non
         )
 
 
-def check_keys(given: Iterable[str], lstm: nn.Module, prefix: str) -> None:
-    """Refuse a state dict of other steps, or with no key of a norm, such as nn.LSTM's.
+def check_steps(given: Iterable[str], lstm: nn.Module, prefix: str) -> None:
+    """Refuse a state dict of other steps, as torch does one of other sizes, strict or not.
 
-    Only if it must fit. Then torch would name every tensor that is missing, of each step, in tens
-    of thousands of characters; and of steps that are too many it would say nothing, for layers take
-    any bank, and the last step's statistics would serve an earlier one.
+    Layers take any bank: the last step's statistics would serve an earlier one.
     """
     keys = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
-    own = list(lstm.state_dict())
-    there, here = _steps(keys), _steps(own)
-    if there == here or not _must_fit():
-        return
-    if there:
+    there, here = _steps(keys), _steps(lstm.state_dict())
+    if there not in (0, here):
         raise InputError(
             f"expected statistics of {here} steps, for max_length={here}, got those of {there}; "
             f"make it with max_length={there}"
         )
-    norms = [key for key in own if key.startswith("norms.")]
-    rest = [key for key in own if not key.startswith("norms.")]
-    what = f"got {_some(keys)}" if keys else "got no key of it"
-    where = f" below {prefix!r}" if prefix else ""
+
+
+def check_keys(given: Collection[str], lstm: nn.Module) -> None:
+    """Refuse a state dict with no key of a norm, such as nn.LSTM's, where all must fit.
+
+    torch would name every tensor that is missing, of each step, in tens of thousands of characters.
+    """
+    if any(key.startswith(_NORMS) for key in given):
+        return
+    own = list(lstm.state_dict())
+    norms = [key for key in own if key.startswith(_NORMS)]
+    rest = [key for key in own if not key.startswith(_NORMS)]
     theirs = ""
-    if "weight_ih_l0" in keys:
+    if "weight_ih_l0" in given:
         theirs = (
             ". They look like nn.LSTM's, which is another function: BatchNormLSTM(..., "
             "normalize=()) is that one and loads them; strict=False takes the weights over to "
             "begin training from, without the biases that have no place here"
         )
     raise InputError(
-        f"expected the state dict of a BatchNormLSTM{where}: {_some(rest)}, and {len(norms)} keys "
-        f"of what normalises, {norms[0]} and so on; {what}{theirs}"
+        f"expected the state dict of a BatchNormLSTM: {_some(rest)}, and {len(norms)} keys of what "
+        f"normalises, {norms[0]} and so on; got {_some(list(given)) or 'no key'}{theirs}"
     )
 
 
 def _steps(keys: Iterable[str]) -> int:
     """How many steps have statistics; 0: there are no keys of a norm."""
-    banks = {key.partition(".banks.")[2].partition(".")[0] for key in keys if key[:6] == "norms."}
+    banks = {
+        key.partition(".banks.")[2].partition(".")[0] for key in keys if key.startswith(_NORMS)
+    }
     return sum(not name or name.startswith("step") for name in banks)  # no bank's: the last step's
 
 
 def _some(keys: list[str]) -> str:
     rest = len(keys) - _SHOWN
     return ", ".join(keys[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _must_fit() -> bool:
-    """Whether `load_state_dict` is at work and strict, which it keeps from the modules within."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is _LOADING:
-            return bool(frame.f_locals.get("strict"))
-        frame = frame.f_back
-    return False  # then torch's own error comes, or none
