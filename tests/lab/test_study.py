@@ -172,7 +172,8 @@ def test_what_cannot_be_read_is_not_replaced(done):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": ""}, "out: expected a directory.*got an empty name"),
+        ({"out": ""}, "out: expected a directory.*got ''"),
+        ({"out": None}, "out: expected a directory.*got None"),
         ({"seeds": "2"}, "seeds: expected a whole number; got '2'"),
         ({"seeds": 2.0}, r"seeds: expected a whole number; got 2\.0"),
         ({"seeds": True}, "seeds: expected a whole number; got True"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -67,10 +66,10 @@ def run(
         settings = dataclasses.replace(settings, seeds=int(seeds))
     if jobs is not None and (_whole("jobs", jobs) < -1 or jobs == 0):
         raise ArgumentError(f"jobs must be at least 1, or -1 for one a core; got {jobs}.")
-    if not os.fspath(out):
+    if not isinstance(out, (str, Path)) or not str(out):
         raise ArgumentError(
-            "out: expected a directory for the results; got an empty name. Name one, such as "
-            f"{name!r}, or '.' for the one you are in."
+            f"out: expected a directory for the results; got {out!r}. Name one, such as {name!r}, "
+            "or '.' for the one you are in."
         )
     progress = progress or runner.Progress()
 
