@@ -46,8 +46,11 @@ def test_version_and_list():
     cores = joblib.cpu_count()
     for name, expected in lab.minutes.expected().items():
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
-        minutes = [f"{expected[p]:.1f}" for p in ("quick", "full") if p in expected]
-        assert line.split()[-len(minutes) :] == minutes
+        minutes = [f"{expected[p]:.1f}" if p in expected else "–" for p in ("quick", "full")]
+        assert line.split()[-2:] == minutes
+    # What was not timed is explained, and only where there is such.
+    untimed = any(len(expected) < 2 for expected in lab.minutes.expected().values())
+    assert out.splitlines()[-1].endswith("– not timed yet") == untimed
     timed = json.loads((Path(lab.minutes.__file__).with_name(lab.minutes.FILE)).read_text())
     assert set(timed["core_minutes"]) == set(lab.discover())
     assert timed["core_minutes"]["explosion"]["full"] == pytest.approx(
@@ -61,7 +64,8 @@ WRONG = {
     ("lab", "run", "--profile", "nope"): "Expected one of: quick, full",
     ("lab", "run", "--data", "nope.npz"): "there is no such file",
     ("lab", "run", "--seeds", "0"): "--seeds",
-    ("lab", "report", "nope"): "same run command again",
+    ("lab", "report", "nope"): "there is no such thing",
+    ("lab", "report", __file__): "a file of another name",
 }
 
 
@@ -78,6 +82,46 @@ def test_wrong_input_is_one_message_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_out_is_refused_before_anything_runs(tmp_path):
+    code = f"import os; os.chdir({str(tmp_path)!r})\n{ENTRY}"
+    code, out, err = finish(start("lab", "run", "lag", "--out", "", code=code))
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: --out: expected a directory, got an empty name")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_another_experiment_are_not_replaced(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text('{"mine": 1}')
+    code, out, err = finish(start("lab", "run", "lag", "--out", str(tmp_path)))
+    assert (code, out) == (2, "")
+    assert f"Choose another directory (--out), or delete {file}" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (("--seeds", "1"), "Note: 1 seed decides nothing. Better: --seeds 8."),
+        (("--seeds", "7"), "Note: 7 seeds are few: they easily agree by chance. Better:"),
+        (("--seeds", "8"), None),
+        (("--profile", "full"), None),
+        # The quick profile's own are few by design, and its report says so.
+        (("--profile", "quick"), None),
+    ],
+)
+def test_few_seeds_are_told_before_the_time_is_spent(tmp_path, arguments, note):
+    (tmp_path / "results.json").write_text("{}")  # in the way: nothing is run
+    code, out, err = finish(start("lab", "run", "ghost", *arguments, "--out", str(tmp_path)))
+    assert (code, out) == (2, "")
+    first, second, *_ = err.splitlines()
+    assert first == "Starting."
+    assert second.startswith(note or "Error: ")
+
+
 def test_a_run_in_a_pipe_is_plain_text_with_the_verdict_and_the_report(tmp_path):
     out = tmp_path / "out"
     arguments = ["lab", "run", "--profile", "tiny", "--jobs", "2", "--out", str(out)]
@@ -86,7 +130,8 @@ def test_a_run_in_a_pipe_is_plain_text_with_the_verdict_and_the_report(tmp_path)
     code, printed, err = finish(process)
     assert code == 0, err
     assert "\x1b" not in printed + err
-    assert err.startswith("learning-rate sweep: 6 runs\n")
+    said = ["Starting.", "Note: 2 seeds are few: they easily agree by chance. Better: --seeds 8."]
+    assert err.splitlines()[:3] == [*said, "learning-rate sweep: 6 runs"]
     assert "evaluation: 4/4" in err
     *text, last = printed.splitlines()
     assert last == f"Report: {out / 'report.html'}"

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from batchnorm import BatchNorm, InputError
+from batchnorm import ArgumentError, BatchNorm, InputError
 from batchnorm.lab import networks, training
 from batchnorm.lab.corruptions import STRENGTHS, corrupt
 from batchnorm.lab.data import load
@@ -43,6 +43,13 @@ def trained():
     training.fit(net, x, y, rate=SETTINGS.rate, steps=60, batch=32, seed=0)
     order = torch.randperm(len(x_test), generator=training.generator(c.STREAM_OFFSET))[:200]
     return net, x_test[order], y_test[order], runs, findings
+
+
+def test_a_corruption_of_no_known_kind_is_told():
+    with pytest.raises(
+        ArgumentError, match="one of noise, contrast, brightness, blur; got 'blurr'"
+    ):
+        corrupted(DIGITS.x_test[:2][:, None], "blurr", 0.4)
 
 
 def test_corruptions_are_those_written_down():

@@ -139,10 +139,29 @@ def test_a_trial_has_one_thread_and_may_diverge():
         took = time.perf_counter() - start
         assert (done.trial, done.measured) == (trial, {"threads": 1})
         assert 0 < done.timing.pop(runner.RUN_S) <= took
+        assert done.timing.pop(runner.CPU_S) >= 0
         assert done.timing == {"own": 1.5}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+BUSY = "import time\nwhile time.process_time() < 0.6: pass"
+
+
+def busy(trial, data):
+    """Wait for a process that is busy as long as its code says, and sleep as long again."""
+    subprocess.run([sys.executable, "-c", BUSY], check=True)
+    time.sleep(0.6)
+    return Run(trial, {}, {})
+
+
+def test_processor_time_has_that_of_child_processes_and_no_waiting():
+    done = runner._attempt(busy, EXPERIMENT.plan(SETTINGS, [])[0], None, None)
+    assert done.timing[runner.RUN_S] >= 1.2
+    # Ticks of a hundredth of a second; ending and starting a process take little more.
+    assert 0.58 <= done.timing[runner.CPU_S] < 1.1
+    assert done.timing[runner.CPU_S] < done.timing[runner.RUN_S] - 0.5
 
 
 class Borrowed(ThreadingBackend):

@@ -107,6 +107,75 @@ def test_fit_equals_torchs_own_optimizer_and_schedule(momentum, decay):
     assert losses[-1] < losses[0]
 
 
+def regression(x, y, *, steps, batch, seed, arrange, clip, rate=0.5, momentum=0.9):
+    """Softmax regression by hand, in NumPy; return losses, weights, and the gradients' norms."""
+    weights, speed = np.zeros((3, x.shape[1])), 0.0
+    losses, norms = [], []
+    for rows in itertools.islice(training.batches(len(x), batch, seed), steps):
+        chosen = arrange(rows).numpy()
+        inputs, classes = x[chosen], y[chosen]
+        scores = np.exp(inputs @ weights.T)
+        shares = scores / scores.sum(1, keepdims=True)
+        right = np.eye(3)[classes]
+        losses.append(-np.log((shares * right).sum(1)).mean())
+        gradient = (shares - right).T @ inputs / len(inputs)
+        norms.append(np.linalg.norm(gradient))
+        gradient = gradient * min(1.0, clip / norms[-1])
+        speed = momentum * speed + gradient
+        weights = weights - rate * speed
+    return losses, weights, norms
+
+
+@pytest.mark.parametrize("clip", [np.inf, 0.3])
+@pytest.mark.parametrize("arrange", [None, lambda rows: rows[rows % 3 == 0].sort().values])
+def test_fit_arranges_rows_and_clips_gradients_as_by_hand(arrange, clip):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 4)), rng.integers(0, 3, 90)
+    net = nn.Linear(4, 3, bias=False).double()
+    nn.init.zeros_(net.weight)
+    options = {"steps": 12, "batch": 30, "seed": 4}
+    seen = []
+    losses = training.fit(
+        net,
+        torch.tensor(x),
+        torch.tensor(y),
+        rate=0.5,
+        decay=False,
+        arrange=arrange,
+        clip=clip,
+        after=lambda step: seen.append((step, net.weight.detach().clone())),
+        **options,
+    )
+    by_hand = regression(x, y, arrange=arrange or (lambda rows: rows), clip=clip, **options)
+    assert losses == pytest.approx(by_hand[0], rel=1e-5)
+    # torch divides by the norm plus 1e-6.
+    np.testing.assert_allclose(net.weight.detach().numpy(), by_hand[1], rtol=1e-4, atol=1e-6)
+    # Some gradients are cut and some are not, or it would not matter where the bound is.
+    assert any(norm > 0.3 for norm in by_hand[2])
+    if clip == 0.3:
+        assert any(norm < 0.3 for norm in by_hand[2])
+    assert [step for step, _ in seen] == list(range(1, 13))
+    # Called when the step is done: the first one's weights are no longer the start's.
+    first = regression(
+        x, y, arrange=arrange or (lambda rows: rows), clip=clip, **{**options, "steps": 1}
+    )
+    np.testing.assert_allclose(seen[0][1].numpy(), first[1], rtol=1e-4, atol=1e-6)
+    assert torch.equal(seen[-1][1], net.weight)
+
+
+def test_fit_goes_on_with_the_network_that_the_caller_changed():
+    x, y = torch.eye(3).repeat(5, 1), torch.arange(3).repeat(5)
+    net = nn.Linear(3, 3, bias=False)
+
+    def forget(step):
+        if step == 2:
+            nn.init.zeros_(net.weight)
+
+    losses = training.fit(net, x, y, rate=0.1, steps=3, batch=15, seed=0, after=forget)
+    assert losses[2] == pytest.approx(np.log(3), rel=1e-6)
+    assert losses[1] != pytest.approx(np.log(3), rel=1e-3)
+
+
 class Scores(nn.Module):
     """Takes its input for the scores, in evaluation only, and remembers the sizes of its calls."""
 

@@ -5,6 +5,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,9 @@ from batchnorm.errors import ArgumentError, BatchNormError
 MAIN_EXPERIMENT = "convergence"
 
 OUT = Path("batchnorm-lab")
+
+# In the place of minutes that nobody has measured.
+UNTIMED = "–"
 
 
 def add(lab_app: typer.Typer) -> None:
@@ -41,7 +45,10 @@ def add(lab_app: typer.Typer) -> None:
             )
             for e in lab.discover().values()
         ]
-        print_table(Console(), ("name", "claim and paper", "quick min", "full min"), rows)
+        console = Console()
+        print_table(console, ("name", "claim and paper", "quick min", "full min"), rows)
+        if any(UNTIMED in row for row in rows):
+            print_text(console, f"{UNTIMED} not timed yet")
 
     @lab_app.command("run")
     def run(
@@ -57,7 +64,8 @@ def add(lab_app: typer.Typer) -> None:
             bool, typer.Option("--all", help="Run every experiment, and write a page of all.")
         ] = False,
         out: Annotated[
-            Path | None,
+            # Not a Path: an empty one is the current directory.
+            str | None,
             typer.Option(
                 metavar="DIR",
                 help=f"Where the results go; {OUT}/NAME if not given, with the profile, the data "
@@ -110,10 +118,17 @@ def add(lab_app: typer.Typer) -> None:
 
         Ctrl-C loses no finished training run. The same command goes on where it stopped.
         """
-        from batchnorm import lab
-
         if everything and names:
             raise ArgumentError("expected names or --all, got both; give one of them")
+        if out == "":
+            raise ArgumentError(
+                "--out: expected a directory, got an empty name; name one, leave --out away for "
+                f"one below {OUT}, or give '.' for the one you are in"
+            )
+        # What follows imports for seconds.
+        print_text(Console(stderr=True), "Starting.")
+        from batchnorm import lab
+
         names = list(lab.discover()) if everything else names or [MAIN_EXPERIMENT]
         options = {
             "profile": profile,
@@ -126,11 +141,12 @@ def add(lab_app: typer.Typer) -> None:
             name: lab.default_directory(name, profile=profile, seeds=seeds, data=data)
             for name in names
         }
+        _warn_of_few_seeds(names, profile, seeds)
         if len(own) == 1:
             (name,) = own
-            _run(name, out or OUT / own[name], options)
+            _run(name, Path(out) if out else OUT / own[name], options)
         else:
-            _run_several(out or OUT, own, options)
+            _run_several(Path(out) if out else OUT, own, options)
 
     @lab_app.command("report")
     def report(
@@ -150,6 +166,25 @@ def add(lab_app: typer.Typer) -> None:
             directory, lambda message: print_text(Console(stderr=True), message)
         )
         print_text(Console(), f"Report: {page}")
+
+
+def _warn_of_few_seeds(names: Sequence[str], profile: str, seeds: int | None) -> None:
+    """Say it before the time is spent. Not of the quick profile's own: they are few by design."""
+    from batchnorm import lab
+    from batchnorm.lab.verdict import ENOUGH_SEEDS
+    from batchnorm.lab.words import counted
+
+    if seeds is None:
+        profiles = [] if profile == "quick" else [lab.find(name).profiles for name in names]
+        # A profile that is not there is told by the run.
+        own = [known[profile].seeds for known in profiles if profile in known]
+        seeds = min(own, default=ENOUGH_SEEDS)
+    if seeds < ENOUGH_SEEDS:
+        few = "decides nothing" if seeds == 1 else "are few: they easily agree by chance"
+        print_text(
+            Console(stderr=True),
+            f"Note: {counted(seeds, 'seed')} {few}. Better: --seeds {ENOUGH_SEEDS}.",
+        )
 
 
 def _colour(judged: dict[str, Any]) -> str:
@@ -213,7 +248,7 @@ def _run_several(parent: Path, folders: dict[str, str], options: dict[str, Any])
 
 def _minutes(expected: dict[str, dict[str, float]], name: str, profile: str) -> str:
     minutes = expected.get(name, {}).get(profile)
-    return "" if minutes is None else f"{minutes:.1f}"
+    return UNTIMED if minutes is None else f"{minutes:.1f}"
 
 
 def _print_outcomes(console: Any, contents: list[dict[str, Any]]) -> None:

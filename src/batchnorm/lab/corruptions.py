@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from batchnorm.errors import ArgumentError
+
 #: Strengths 1 to 5. Noise (its standard deviation), contrast (what is left of it) and brightness
 #: (what is added) are ImageNet-C's, for pixels from 0 to 1; the blur's standard deviation in pixels
 #: is CIFAR-10-C's, whose images are small, too (both Hendrycks & Dietterich 2019).
@@ -23,6 +25,9 @@ def corrupt(
     """Images (rows, channels, height, width), corrupted and cut off at `low` and `high`.
 
     Strengths of noise and brightness are parts of the distance from `low` to `high`.
+
+    Raises:
+        ArgumentError: `kind` is none of `STRENGTHS`.
     """
     reach = high - low
     if kind == "noise":
@@ -32,8 +37,10 @@ def corrupt(
         x = mean + strength * (x - mean)
     elif kind == "brightness":
         x = x + strength * reach
-    else:
+    elif kind == "blur":
         x = _blurred(x, strength)
+    else:
+        raise ArgumentError(f"kind: expected one of {', '.join(STRENGTHS)}; got {kind!r}.")
     return x.clamp(low, high)
 
 

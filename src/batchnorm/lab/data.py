@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.errors import InputError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab import folders
 from batchnorm.lab.words import counted
 
@@ -79,7 +79,7 @@ class Dataset:
         }
 
 
-def load(source: str) -> Dataset:
+def load(source: str | Path) -> Dataset:
     """Load `"digits"`, an .npz file, or a folder with MNIST's or CIFAR's files.
 
     A file has arrays `x` (rows first) and `y` (class of each row). What a folder must hold
@@ -89,8 +89,15 @@ def load(source: str) -> Dataset:
     `"digits"` is scikit-learn's bundled set of 1797 handwritten 8×8 digits: real, and no download.
 
     Raises:
+        ArgumentError: `source` is neither text nor a path.
         InputError: The file is not what is described above; the message says how it differs.
     """
+    if not isinstance(source, (str, Path)):
+        raise ArgumentError(
+            f"data: expected 'digits' or the path of a file or folder; got a "
+            f"{type(source).__name__}. Save arrays with numpy.savez(PATH, x=inputs, y=classes), "
+            "and give that path."
+        )
     if source == "digits":
         from sklearn.datasets import load_digits
 

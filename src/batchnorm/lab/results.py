@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import joblib
 import torch
 
 from batchnorm._version import __version__
-from batchnorm.errors import InputError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab.data import Dataset
 from batchnorm.lab.experiments import Experiment, Findings, Run, Settings, find
 from batchnorm.lab.store import strict, write_atomically
+from batchnorm.lab.words import counted
 
 FILE = "results.json"
 SCHEMA = 2
@@ -42,6 +44,91 @@ class Results:
         """Return the settings that the runs were planned with."""
         kind: type[Settings] = type(next(iter(self.experiment.profiles.values())))
         return kind(**{key: _tuples(value) for key, value in self.content["settings"].items()})
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What results answer; to answer another one in the same place would lose them."""
+
+    experiment: str
+    profile: str
+    data: str
+    fingerprint: str
+    batchnorm: str
+    torch: str
+    schema: int
+    seeds: int
+
+    def __str__(self) -> str:
+        schema = "" if self.schema == SCHEMA else f", schema {self.schema}"
+        return (
+            f"{self.experiment}, profile {self.profile}, {counted(self.seeds, 'seed')}, data "
+            f"{self.data} ({self.fingerprint[:8]}), batchnorm {self.batchnorm}, torch "
+            f"{self.torch}{schema}"
+        )
+
+
+def check_place(
+    directory: Path,
+    experiment: Experiment[Any, Any],
+    profile: str,
+    settings: Settings,
+    data: Dataset,
+    note: Callable[[str], None],
+) -> None:
+    """Raise ArgumentError if new results would replace some that they do not contain.
+
+    The same question may be asked again: after an interruption, with more seeds (the kept runs are
+    part of them), with a newer recipe. A damaged file is worth nothing; `note` is told.
+    """
+    path = directory / FILE
+    remedy = f"Choose another directory (--out), or delete {path} if you do not need it."
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(
+            f"{path} is in the way: expected results or none; it cannot be read "
+            f"({error.strerror}). {remedy}"
+        ) from error
+    except ValueError:
+        note(f"{path} is damaged; it is written anew.")
+        return
+    try:
+        there = _Question(
+            content["experiment"]["name"],
+            content["profile"],
+            content["data"]["name"],
+            content["data"]["fingerprint"],
+            content["environment"]["batchnorm"],
+            content["environment"]["torch"],
+            content["schema"],
+            content["settings"]["seeds"],
+        )
+        asked = _Question(
+            experiment.name,
+            profile,
+            data.name,
+            data.fingerprint,
+            __version__,
+            str(torch.__version__),
+            SCHEMA,
+            settings.seeds,
+        )
+        # A name is no more than a word for the data; the fingerprint is the data.
+        same = replace(asked, seeds=there.seeds, data=there.data) == there
+        lost = not same or there.seeds > asked.seeds
+    except (KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"{path} is in the way: expected results of an experiment, of this version of "
+            f"batchnorm; it is something else, and would be lost. {remedy}"
+        ) from error
+    if lost:
+        raise ArgumentError(
+            f"{path} has other results, and they would be lost. There: {there}. Asked for: "
+            f"{asked}. {remedy}"
+        )
 
 
 def write(

@@ -31,6 +31,10 @@ SLICE = 4
 # The entry of a run's timing that says how many seconds the whole of it took.
 RUN_S = "run_s"
 
+# The entry that says how many seconds of processor time it took, in all processes that it had: what
+# others did meanwhile, and how many runs there were at once, is not in it.
+CPU_S = "cpu_s"
+
 
 class TrialError(BatchNormError):
     """Trials raised, and the message names them; or a worker died. All other runs are kept."""
@@ -151,7 +155,7 @@ def _attempt(
 ) -> Run[Any] | _Failure:
     """Run in a worker: one thread, for equal results everywhere and no fight over the cores.
 
-    How long it took goes into the run's timing, as RUN_S.
+    How long it took goes into the run's timing, as RUN_S and CPU_S.
     """
     if parent not in (None, os.getpid()):
         die_with(parent)
@@ -161,13 +165,20 @@ def _attempt(
         with warnings.catch_warnings():
             # A sweep goes on until it diverges; that is a result, not an accident.
             warnings.simplefilter("ignore", NonFiniteWarning)
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), _processor_s()
             done = run(trial, data)
-            return replace(done, timing={**done.timing, RUN_S: time.perf_counter() - start})
+            took = {RUN_S: time.perf_counter() - start, CPU_S: _processor_s() - busy}
+            return replace(done, timing={**done.timing, **took})
     except Exception:
         return _Failure(trial, traceback.format_exc())
     finally:
         torch.set_num_threads(threads)
+
+
+def _processor_s() -> float:
+    """Processor time of this process, and of those that it started and that have ended."""
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
 
 
 @contextlib.contextmanager

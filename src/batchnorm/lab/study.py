@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab import data as datasets
 from batchnorm.lab import results, runner
 from batchnorm.lab.experiments import find
@@ -25,14 +26,15 @@ def run(
     *,
     profile: str = "quick",
     seeds: int | None = None,
-    data: str = "digits",
+    data: str | Path = "digits",
     jobs: int | None = None,
     progress: runner.Progress | None = None,
     tensorboard: bool = False,
 ) -> results.Results:
     """Run an experiment, judge it, and write `out`/results.json, report.html, figures/ and runs/.
 
-    Runs that are in `out`/runs already, of the same recipe, data and versions, are not repeated.
+    Runs that are in `out`/runs already, of the same recipe, data and versions, are not repeated;
+    so more seeds cost no more than what they add. Results of another question are not replaced.
 
     Args:
         name: The experiment, one of `discover()`.
@@ -46,7 +48,9 @@ def run(
         tensorboard: Whether every run's measurements also go into `out`/tensorboard, as they come.
 
     Raises:
-        ArgumentError: There is no such experiment or profile, or `seeds` or `jobs` is impossible.
+        ArgumentError: There is no such experiment or profile, `seeds`, `data`, `jobs` or `out` is
+            impossible, or `out` has other results: of another experiment, profile, data set or
+            version, or of more seeds.
         InputError: The data file cannot be used.
         TrialError: Some training runs raised; the others are kept.
         MissingDependencyError: TensorBoard is wanted, and is not installed.
@@ -57,16 +61,25 @@ def run(
         raise ArgumentError(f"{name} has no profile {profile!r}. Expected one of: {known}.")
     settings = experiment.profiles[profile]
     if seeds is not None:
-        if seeds < 1:
+        if _whole("seeds", seeds) < 1:
             raise ArgumentError(f"seeds must be at least 1 (2 for any verdict); got {seeds}.")
-        settings = dataclasses.replace(settings, seeds=seeds)
-    if jobs is not None and (jobs < -1 or jobs == 0):
+        settings = dataclasses.replace(settings, seeds=int(seeds))
+    if jobs is not None and (_whole("jobs", jobs) < -1 or jobs == 0):
         raise ArgumentError(f"jobs must be at least 1, or -1 for one a core; got {jobs}.")
+    if not isinstance(out, (str, Path)) or not str(out):
+        raise ArgumentError(
+            f"out: expected a directory for the results; got {out!r}. Name one, such as {name!r}, "
+            "or '.' for the one you are in."
+        )
+    progress = progress or runner.Progress()
 
     directory = Path(out)
     dataset = datasets.load(data)
+    results.check_place(directory, experiment, profile, settings, dataset, progress.note)
+    log = Log(directory / LOGS, settings, progress.note) if tensorboard else None
     store = Store(directory / RUNS, experiment, dataset.fingerprint)
-    log = Log(directory / LOGS, settings) if tensorboard else None
+    if log:
+        log.clear()
     runs = runner.execute(
         experiment,
         settings,
@@ -76,7 +89,7 @@ def run(
         progress=progress,
         each=log.add if log else None,
     )
-    command = ["batchnorm", "lab", "run", name, "--profile", profile, "--data", data]
+    command = ["batchnorm", "lab", "run", name, "--profile", profile, "--data", str(data)]
     found = results.write(
         directory,
         experiment,
@@ -104,11 +117,33 @@ def write_report(directory: str | Path, note: Callable[[str], None] = lambda _: 
     from batchnorm.lab import report
 
     path = Path(directory)
-    is_results = path.name == results.FILE and not path.is_dir()
-    return report.build(path.parent if is_results else path, note)
+    if not path.exists():
+        raise InputError(
+            f"{path}: expected a directory that `batchnorm lab run` has filled, or the "
+            f"{results.FILE} in it; there is no such thing. Name one that exists, or make it with "
+            f"`batchnorm lab run NAME --out {path}`."
+        )
+    if path.is_dir():
+        return report.build(path, note)
+    if path.name != results.FILE:
+        raise InputError(
+            f"{path}: expected a directory that `batchnorm lab run` has filled, or the "
+            f"{results.FILE} in it; got a file of another name. Name its directory: {path.parent}."
+        )
+    return report.build(path.parent, note)
 
 
-def default_directory(name: str, *, profile: str, seeds: int | None, data: str) -> str:
+def _whole(what: str, value: int) -> int:
+    try:
+        # True is a whole number to Python, and a slip to everybody else.
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ArgumentError(f"{what}: expected a whole number; got {value!r}.")
+
+
+def default_directory(name: str, *, profile: str, seeds: int | None, data: str | Path) -> str:
     """Return a directory name for a run that says how it differs from the plain one.
 
     Another data set, profile or number of seeds is other evidence, and must not overwrite the

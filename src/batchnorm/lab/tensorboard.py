@@ -2,42 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
-from collections.abc import Iterator
+import io
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import MissingDependencyError
+from batchnorm.errors import BatchNormError, MissingDependencyError
 from batchnorm.lab.experiments import Run, Settings, Trial
+from batchnorm.lab.store import write_atomically
 
 # A curve of quantiles, or of layers, becomes one curve for each; beyond so many nobody looks.
 WIDEST = 16
 
+# TensorBoard knows its files by the first part. A run's folder has one, always of the same name.
+EVENTS = "events.out.tfevents.*"
+NAME = EVENTS.replace("*", "0.run")
+
+# The first record of an event file.
+FORMAT = "brain.Event:2"
+
 
 class Log:
-    """A directory of event files, a folder a run; runs are named after what tells them apart."""
+    """A directory of event files, a folder a run; runs are named after what tells them apart.
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    Logs are an extra: that one cannot be written is told once, to `note`, and costs no results.
+    """
+
+    def __init__(
+        self, directory: Path, settings: Settings, note: Callable[[str], None] = lambda _: None
+    ) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            # Not its SummaryWriter, whose thread prints what it cannot write as a traceback.
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard.summary import scalar
         except ImportError as error:
             raise MissingDependencyError(
                 "Logs for TensorBoard need tensorboard, not installed here. Install with: "
                 "pip install --no-build-isolation '.[tensorboard]' (in the clone)"
             ) from error
-        self._writer: Any = SummaryWriter
+        self._event: Any = Event
+        self._records: Any = RecordWriter
+        self._scalar: Any = scalar
         self._directory = directory
         self._constant = dataclasses.asdict(settings)
+        self._note = note
+        self._failed = False
+
+    def clear(self) -> None:
+        """Remove the event files of an earlier command; all that it finished is logged again.
+
+        Else runs that are not part of this one (of another best rate, other seeds, an older
+        recipe) would be drawn beside it.
+        """
+        with self._told():
+            for path in sorted(self._directory.rglob(EVENTS)):
+                path.unlink()
+                folder = path.parent
+                # Not what else is there: it may be the user's.
+                while folder != self._directory and not any(folder.iterdir()):
+                    folder.rmdir()
+                    folder = folder.parent
 
     def add(self, run: Run[Any]) -> None:
         """Write a run's numbers; curves by their own steps if the run tells them."""
-        directory = self._directory / self.name(run.trial)
-        # Event files of an earlier command in the same folder would be drawn as well.
-        shutil.rmtree(directory, ignore_errors=True)
-        with self._writer(str(directory)) as writer:
-            for tag, step, value in points(run):
-                writer.add_scalar(tag, value, step)
+        if self._failed:
+            return
+        content = io.BytesIO()
+        records = self._records(content)
+        now = time.time()
+        records.write(self._event(wall_time=now, file_version=FORMAT).SerializeToString())
+        for tag, step, value in points(run):
+            event = self._event(wall_time=now, step=step, summary=self._scalar(tag, value))
+            records.write(event.SerializeToString())
+        with self._told():
+            directory = self._directory / self.name(run.trial)
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / NAME, content.getvalue())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what cannot be written into a note, and the end of the log."""
+        try:
+            yield
+        except (OSError, BatchNormError) as error:
+            self._failed = True
+            # The filing system's own words, whether or not they come in an error of ours.
+            cause = error if isinstance(error, OSError) else error.__cause__
+            self._note(
+                f"No more logs for TensorBoard: cannot write in {self._directory} "
+                f"({getattr(cause, 'strerror', None) or error}). The results do not need them."
+            )
 
     def name(self, trial: Trial) -> str:
         """Return stage/arm/the rest: every field that is not the same in all runs."""
