@@ -54,17 +54,12 @@ class _Question:
     profile: str
     data: str
     fingerprint: str
-    batchnorm: str
-    torch: str
-    schema: int
     seeds: int
 
     def __str__(self) -> str:
-        schema = "" if self.schema == SCHEMA else f", schema {self.schema}"
         return (
             f"{self.experiment}, profile {self.profile}, {counted(self.seeds, 'seed')}, data "
-            f"{self.data} ({self.fingerprint[:8]}), batchnorm {self.batchnorm}, torch "
-            f"{self.torch}{schema}"
+            f"{self.data} ({self.fingerprint[:8]})"
         )
 
 
@@ -79,7 +74,7 @@ def check_place(
     """Raise ArgumentError if new results would replace some that they do not contain.
 
     The same question may be asked again: after an interruption, with more seeds (the kept runs are
-    part of them), with a newer recipe. A damaged file is worth nothing; `note` is told.
+    part of them), with a newer recipe or version. A damaged file is worth nothing; `note` is told.
     """
     path = directory / FILE
     remedy = f"Choose another directory (--out), or delete {path} if you do not need it."
@@ -101,9 +96,6 @@ def check_place(
             content["profile"],
             content["data"]["name"],
             content["data"]["fingerprint"],
-            content["environment"]["batchnorm"],
-            content["environment"]["torch"],
-            content["schema"],
             content["settings"]["seeds"],
         )
         asked = _Question(
@@ -111,9 +103,6 @@ def check_place(
             profile,
             data.name,
             data.fingerprint,
-            __version__,
-            str(torch.__version__),
-            SCHEMA,
             settings.seeds,
         )
         # A name is no more than a word for the data; the fingerprint is the data.
@@ -121,8 +110,8 @@ def check_place(
         lost = not same or there.seeds > asked.seeds
     except (KeyError, TypeError) as error:
         raise ArgumentError(
-            f"{path} is in the way: expected results of an experiment, of this version of "
-            f"batchnorm; it is something else, and would be lost. {remedy}"
+            f"{path} is in the way: expected results of an experiment; it is something "
+            f"else, and would be lost. {remedy}"
         ) from error
     if lost:
         raise ArgumentError(

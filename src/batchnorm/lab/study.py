@@ -49,8 +49,8 @@ def run(
 
     Raises:
         ArgumentError: There is no such experiment or profile, `seeds`, `data`, `jobs` or `out` is
-            impossible, or `out` has other results: of another experiment, profile, data set or
-            version, or of more seeds.
+            impossible, or `out` has other results: of another experiment, profile or data set,
+            or of more seeds.
         InputError: The data file cannot be used.
         TrialError: Some training runs raised; the others are kept.
         MissingDependencyError: TensorBoard is wanted, and is not installed.
