@@ -7,9 +7,10 @@ from pathlib import Path
 
 import joblib
 import pytest
+from typer.testing import CliRunner
 
 import lab_tiny
-from batchnorm import __version__, lab
+from batchnorm import __version__, cli, lab
 
 TESTS = Path(__file__).parent
 ENTRY = "import sys; sys.argv[0] = 'batchnorm'; from batchnorm.cli import main; main()"
@@ -46,16 +47,22 @@ def test_version_and_list():
     cores = joblib.cpu_count()
     for name, expected in lab.minutes.expected().items():
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]
-        minutes = [f"{expected[p]:.1f}" if p in expected else "–" for p in ("quick", "full")]
-        assert line.split()[-2:] == minutes
-    # What was not timed is explained, and only where there is such.
-    untimed = any(len(expected) < 2 for expected in lab.minutes.expected().values())
-    assert out.splitlines()[-1].endswith("– not timed yet") == untimed
+        assert line.split()[-2:] == [f"{expected[p]:.1f}" for p in ("quick", "full")]
+    assert "not timed" not in out
     timed = json.loads((Path(lab.minutes.__file__).with_name(lab.minutes.FILE)).read_text())
-    assert set(timed["core_minutes"]) == set(lab.discover())
+    assert timed["core_minutes"].keys() == lab.discover().keys()
+    assert all(by.keys() == {"quick", "full"} for by in timed["core_minutes"].values())
     assert timed["core_minutes"]["explosion"]["full"] == pytest.approx(
         lab.minutes.expected()["explosion"]["full"] * cores
     )
+
+
+def test_what_was_not_timed_is_said(monkeypatch):
+    monkeypatch.setattr(lab.minutes, "expected", lambda: {"cost": {"quick": 1.25}})
+    out = CliRunner().invoke(cli._command(), ["lab", "list"]).stdout
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("cost ")]
+    assert line.split()[-2:] == ["1.2", "–"]
+    assert out.splitlines()[-1].strip() == "– not timed yet"
 
 
 WRONG = {

@@ -189,13 +189,35 @@ def test_a_checkpointed_network(reentrant):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_that_can_be_differentiated_are_the_same_gradients(mode):
+    """Steps share γ and β, and each leads back to those before: no way may be taken twice."""
+    torch.manual_seed(0)
+    lstm = BatchNormLSTM(3, 4, max_length=5, num_layers=2, bidirectional=True).double()
+    getattr(lstm, mode)()
+    x = torch.randn(5, 6, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *lstm.parameters()]
+    y, (_, c) = lstm(x)
+    loss = y.sin().sum() + c.cos().sum()
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    for place, dy in enumerate(cotangents):
+        alone = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[place], b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_whole_network_has_second_derivatives():
     torch.manual_seed(0)
     lstm = BatchNormLSTM(2, 2, max_length=3).double()
     x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
 
-    def run(x):
+    def run(x, *_):
         with pause_statistics(lstm):
             return lstm(x)[0]
 
-    assert torch.autograd.gradgradcheck(run, (x,))
+    assert torch.autograd.gradgradcheck(run, (x, *lstm.parameters()))
