@@ -13,7 +13,7 @@ from batchnorm import lab
 from batchnorm.lab import minutes
 from batchnorm.lab.experiments import convergence
 from batchnorm.lab.results import FILE
-from batchnorm.lab.runner import CPU_S, RUN_S
+from batchnorm.lab.runner import CPU_S, RUN_S, core_seconds
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lab_minutes.py"
 
@@ -26,13 +26,17 @@ def script():
     return module
 
 
-def test_processor_time_counts_and_the_clock_where_there_is_none(script):
-    runs = [
-        {"timing": {RUN_S: 5.0, CPU_S: 2.0}},
-        {"timing": {RUN_S: 1.0, CPU_S: 3.0}},  # two processes at once
-        {"timing": {RUN_S: 0.25}},  # filed before processor time was kept
-    ]
-    assert script.core_seconds(runs) == 5.25
+@pytest.mark.parametrize(
+    ("timing", "seconds"),
+    [
+        ({RUN_S: 5.0, CPU_S: 2.0}, 2.0),
+        ({RUN_S: 1.0, CPU_S: 3.0}, 3.0),  # two processes at once
+        ({RUN_S: 0.25}, 0.25),  # filed before processor time was kept
+        ({}, 0.0),
+    ],
+)
+def test_processor_time_counts_and_the_clock_where_there_is_none(timing, seconds):
+    assert core_seconds(timing) == seconds
 
 
 @pytest.mark.slow

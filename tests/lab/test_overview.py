@@ -67,6 +67,35 @@ def test_questions_of_ours_are_counted_apart_and_do_not_fail():
     assert overview([section("a", BETTER, also=[("Ours.", BETTER)], ours=["Ours."])]).omitted == ""
 
 
+def test_data_sets_are_told_apart_even_of_one_name():
+    both = [
+        section(name, BETTER, profile=profile, data=data)
+        for name in ("a", "b")
+        for profile in ("quick", "full")
+        for data in ("digits", "wine")
+    ]
+    found = overview(both)
+    assert {row.where for row in found.rows} == {
+        "a, digits, full", "a, wine, full", "b, digits, full", "b, wine, full"
+    }  # fmt: skip
+    assert sorted(name for name, *_ in found.both) == [
+        "a, digits",
+        "a, wine",
+        "b, digits",
+        "b, wine",
+    ]
+    for one in both:
+        one["data"]["name"] = "my.npz"
+    found = overview(both)
+    assert found.data == ("my.npz (digits)", "my.npz (wine)")
+    assert found.rows[0].where == "a, my.npz (digits), full"
+
+
+def test_a_link_to_a_folder_of_any_name_is_whole():
+    one = {**section("a", BETTER), "anchor": "a-my data (1)"}
+    assert "[a, quick](a-my%20data%20%281%29/)" in markdown(overview([one]))
+
+
 def test_a_limit_stands_beside_what_was_measured():
     within = {**section("a", BETTER), "verdict": judge_within(9.0, [6.0, 5.0, 4.0], unit="s")}
     numbers = overview([within]).rows[0].numbers
@@ -113,7 +142,9 @@ def test_full_goes_before_quick_and_many_seeds_before_few():
             "1 of 3 claims came out the same in both; 1 turned from reproduced to contradicted, or "
             "back."
         )
-        assert found.unasked == ("Judged in quick only (a): “Old.” Judged in full only (a): “New.”")
+        assert found.unasked == (
+            "Judged in quick only (a, digits): “Old.” Judged in full only (a, digits): “New.”"
+        )
         assert sorted(found.data) == ["digits", "wine"]
     more = section("a", [1.0, -1.0, 2.0, 3.0])
     assert overview([quick, more, full]).both[0][2] == more["verdict"]
@@ -125,7 +156,7 @@ def test_markdown_says_the_same():
     text = markdown(overview([section("a|b", SAME), section("a|b", BETTER, profile="full")]))
     assert "1 claim of the sources: 1 reproduced." in text
     assert " reproduced. Data: digits. Made by" in text
-    claim = "| [a\\|b, full](a\\|b-full-digits/) | **a\\|b helps.** a\\|b 2015 | **reproduced** | "
+    claim = "| [a\\|b, full](a%7Cb-full-digits/) | **a\\|b helps.** a\\|b 2015 | **reproduced** | "
     assert f"{claim}+4 (+1.52 to +6.48) steps; 3 of" in text
     assert "## What did not" not in text
     assert text.endswith("\n\n| experiment | claim | quick | full |\n| --- | --- | --- | --- |\n"

@@ -133,7 +133,7 @@ def test_the_same_question_is_answered_anew_by_other_versions(done):
 def test_damaged_results_are_written_anew(done):
     path = done / FILE
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"\xff"):
+    for content in (whole[: len(whole) // 2], whole[:-2] + b"\xff"):
         path.write_bytes(content)
         found, log = again(done)
         assert log.notes == [f"{path} is damaged; it is written anew."]
@@ -150,10 +150,22 @@ def test_incomplete_results_and_those_of_an_older_recipe_are_written_anew(done):
     assert lab.write_report(done).is_file()
 
 
-@pytest.mark.parametrize("text", ["{}", "[1, 2]", "3", '{"experiment": "mine", "profile": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[1, 2]", "3", '{"experiment": "mine", "profile": 1}', '{"loss": 1}\n{"loss": 2}\n', ""],
+)
 def test_what_others_wrote_is_not_replaced(done, text):
     (done / FILE).write_text(text)
     refused(done, "something else, and would be lost")
+
+
+def test_one_experiment_does_not_go_where_several_are(done, tmp_path):
+    several = tmp_path / "several"
+    shutil.copytree(done, several / "one")
+    text = refused(several, r"results of several experiments \(one\)")
+    assert text.endswith(f"with --out, such as {several / 'convergence'}.")
+    (several / "one" / FILE).write_text("[]")  # somebody else's
+    assert again(several)[0].content["profile"] == "quick"
 
 
 def test_what_cannot_be_read_is_not_replaced(done):

@@ -80,6 +80,8 @@ def test_a_limit_is_told_with_the_mean_of_what_was_measured():
         "0.02."
     )
     assert interval.startswith("95% confidence interval of the mean (Student's t): -0.00484 to")
+    tiny = judge_within(0.05, [1e-17, 2e-17, 3e-17], unit="s")  # below what 0.05 is rounded by
+    assert tiny.estimate == "2e-17"
     above = judge_within(0.05, [0.07, 0.08, 0.09], unit="s")
     assert above.outcome == CONTRADICTED
     assert "The mean is 0.08 s, above the limit of 0.05" in above.sentence

@@ -168,9 +168,38 @@ def test_a_state_dict_of_other_steps_is_refused(kept, here):
         with pytest.raises(InputError, match=text):
             BatchNormLSTM(3, 5, max_length=here).load_state_dict(file, strict=strict)
     model = within(BatchNormLSTM(3, 5, max_length=here))
-    with pytest.raises(InputError, match=text):
-        model.load_state_dict(within(BatchNormLSTM(3, 5, max_length=kept)).state_dict())
+    theirs = within(BatchNormLSTM(3, 5, max_length=kept)).state_dict()
+    before = list(model[0].state_dict())
+    for strict in (True, False):
+        with pytest.raises(InputError, match=text):
+            model.load_state_dict(theirs, strict=strict)
+    assert list(model[0].state_dict()) == before
     BatchNormLSTM(3, 5, max_length=kept).load_state_dict(file)
+
+
+@pytest.mark.parametrize("where", [lambda lstm: lstm, within])
+def test_what_is_only_part_of_a_state_dict_is_loaded_as_torch_does(where):
+    """Parameters alone, or γ of one layer, say nothing of steps."""
+    twin, lstm = (BatchNormLSTM(3, 5, max_length=4) for _ in range(2))
+    twin(X)
+    parameters = dict(where(twin).named_parameters())
+    where(lstm).load_state_dict(parameters, strict=False)
+    for key, value in lstm.named_parameters():
+        assert torch.equal(value, twin.get_parameter(key))
+    assert lstm._reached == 0
+    gamma = {"norms.0.cell.weight": torch.full((5,), 3.0)}
+    lstm.load_state_dict(gamma, strict=False)
+    assert torch.equal(lstm.norms[0]["cell"].weight, gamma["norms.0.cell.weight"])
+    plain = BatchNormLSTM(3, 5, normalize=())
+    plain.load_state_dict(twin.state_dict(), strict=False)
+    assert torch.equal(plain.weight_hh_l0, twin.weight_hh_l0)
+
+
+def test_a_converted_layer_is_refused_and_can_be_printed():
+    lstm = nn.SyncBatchNorm.convert_sync_batchnorm(make())
+    assert repr(lstm).startswith("BatchNormLSTM(3, 5, max_length=4")
+    with pytest.raises(ArgumentError, match="got SyncBatchNorm; leave it out when converting"):
+        lstm(X)
 
 
 ALL = "normalize=('input', 'hidden', 'cell')"

@@ -219,12 +219,9 @@ def _run(name: str, directory: Path, options: dict[str, Any], place: str = "") -
 def _run_several(parent: Path, folders: dict[str, str], options: dict[str, Any]) -> None:
     """Run one after the other; those that cannot be done are named at the end."""
     from batchnorm import lab
+    from batchnorm.lab.results import check_parent
 
-    if (parent / "results.json").exists():
-        raise ArgumentError(
-            f"{parent} holds the results of one experiment; several need a directory for their "
-            "own. Choose another one with --out."
-        )
+    check_parent(parent)
     found: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
 from batchnorm.lab.words import counted
@@ -101,8 +102,8 @@ class Overview:
             return ""
         return (
             f"{weak} decided {'outcome has an' if weak == 1 else 'outcomes have each an'} interval "
-            "that includes zero, marked (weak): with few seeds it is wider than the rule's two "
-            "standard errors. Believe them only once they are decided with 8 seeds."
+            "that includes zero (or the limit), marked (weak): with few seeds it is wider than the "
+            "rule's two standard errors. Believe them only once they are decided with 8 seeds."
         )
 
     @property
@@ -155,7 +156,7 @@ def strongest(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def overview(sections: Sequence[dict[str, Any]]) -> Overview:
     """Gather what all sections say; each experiment and data set counts once."""
     shown = strongest(sections)
-    several = len({section["data"]["fingerprint"] for section in shown}) > 1
+    named = _data(shown)
     rows = [
         Row(
             anchor=section["anchor"],
@@ -165,7 +166,7 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
             verdict=verdict,
             main=not place,
             ours=ours,
-            data=section["data"]["name"] if several else "",
+            data=named[section["anchor"]],
             profile=section["profile"],
         )
         for section in shown
@@ -176,13 +177,23 @@ def overview(sections: Sequence[dict[str, Any]]) -> Overview:
     for section in shown:
         if section["profile"] != FULL or _subject(section) not in beside:
             continue
-        name = section["experiment"]["name"]
+        name = ", ".join(filter(None, (section["experiment"]["name"], named[section["anchor"]])))
         quick, full = _claims(beside[_subject(section)]), _claims(section)
         both += [(name, claim, quick[claim][0], full[claim][0]) for claim in full if claim in quick]
         for profile, claims, others in ((QUICK, quick, full), (FULL, full, quick)):
             alone += [(name, claim, profile) for claim in claims if claim not in others]
-    data = dict.fromkeys(section["data"]["name"] for section in shown)
+    data = dict.fromkeys(named.values() if any(named.values()) else [shown[0]["data"]["name"]])
     return Overview(tuple(rows), tuple(both), tuple(alone), tuple(data))
+
+
+def _data(sections: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """By anchor what a section's data are called; empty where all have the same."""
+    names = {s["data"]["fingerprint"]: s["data"]["name"] for s in sections}
+    if len(names) < 2:
+        return {section["anchor"]: "" for section in sections}
+    alike = len(set(names.values())) < len(names)
+    called = {key: f"{name} ({key[:8]})" if alike else name for key, name in names.items()}
+    return {section["anchor"]: called[section["data"]["fingerprint"]] for section in sections}
 
 
 def _claims(section: dict[str, Any]) -> dict[str, tuple[Verdict, bool]]:
@@ -224,7 +235,7 @@ def markdown(found: Overview) -> str:
             ("experiment", "claim", "outcome", "numbers"),
             [
                 (
-                    f"[{row.where}]({row.anchor}/)" if row.main else "",
+                    f"[{row.where}]({quote(row.anchor)}/)" if row.main else "",
                     f"**{row.claim}** {row.source}"
                     if row.main
                     else f"{row.claim}{' *(ours)*' if row.ours else ''}",

@@ -15,7 +15,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.lab import results
 from batchnorm.lab.experiments import Picture
 from batchnorm.lab.overview import NUMBERS, Overview, markdown, overview, strongest
-from batchnorm.lab.runner import RUN_S
+from batchnorm.lab.runner import core_seconds
 from batchnorm.lab.store import write_atomically
 from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
 from batchnorm.lab.words import duration
@@ -115,7 +115,7 @@ def _section(directory: Path) -> dict[str, Any]:
         "verdict": _verdict(findings["verdict"]),
         "also": [{**other, "verdict": _verdict(other["verdict"])} for other in findings["also"]],
         "drawings": list(zip(pictures, drawings, strict=True)),
-        "duration": duration(sum(run["timing"].get(RUN_S, 0.0) for run in content["runs"])),
+        "duration": duration(sum(core_seconds(run["timing"]) for run in content["runs"])),
     }
 
 

@@ -23,6 +23,9 @@ from batchnorm.lab.words import counted
 FILE = "results.json"
 SCHEMA = 2
 
+# What every results.json begins with, as `write` makes it.
+BEGINNING = b'{"schema":'
+
 
 @dataclass(frozen=True)
 class Results:
@@ -74,22 +77,32 @@ def check_place(
     """Raise ArgumentError if new results would replace some that they do not contain.
 
     The same question may be asked again: after an interruption, with more seeds (the kept runs are
-    part of them), with a newer recipe or version. A damaged file is worth nothing; `note` is told.
+    part of them), with a newer recipe or version. Half a file of ours is worth nothing; `note` is
+    told.
     """
     path = directory / FILE
+    below = (other for other in directory.glob(f"*/{FILE}") if _begins_as_ours(other))
+    if several := sorted(other.parent.name for other in below):
+        raise ArgumentError(
+            f"{directory} has the results of several experiments ({', '.join(several)}), and a "
+            "page of all of them; one experiment needs a directory of its own. Choose another one "
+            f"with --out, such as {directory / experiment.name}."
+        )
     remedy = f"Choose another directory (--out), or delete {path} if you do not need it."
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise ArgumentError(
             f"{path} is in the way: expected results or none; it cannot be read "
             f"({error.strerror}). {remedy}"
         ) from error
-    except ValueError:
-        note(f"{path} is damaged; it is written anew.")
-        return
+    except ValueError as error:
+        if _begins_as_ours(path):
+            note(f"{path} is damaged; it is written anew.")
+            return
+        raise _not_ours(path, remedy) from error
     try:
         there = _Question(
             content["experiment"]["name"],
@@ -109,14 +122,35 @@ def check_place(
         same = replace(asked, seeds=there.seeds, data=there.data) == there
         lost = not same or there.seeds > asked.seeds
     except (KeyError, TypeError) as error:
-        raise ArgumentError(
-            f"{path} is in the way: expected results of an experiment; it is something "
-            f"else, and would be lost. {remedy}"
-        ) from error
+        raise _not_ours(path, remedy) from error
     if lost:
         raise ArgumentError(
             f"{path} has other results, and they would be lost. There: {there}. Asked for: "
             f"{asked}. {remedy}"
+        )
+
+
+def _begins_as_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(BEGINNING)) == BEGINNING
+    except OSError:
+        return False
+
+
+def _not_ours(path: Path, remedy: str) -> ArgumentError:
+    return ArgumentError(
+        f"{path} is in the way: expected results of an experiment; it is something else, and would "
+        f"be lost. {remedy}"
+    )
+
+
+def check_parent(directory: Path) -> None:
+    """Raise ArgumentError if there are results of one experiment where several are to go."""
+    if (directory / FILE).exists():
+        raise ArgumentError(
+            f"{directory} holds the results of one experiment; several need a directory for their "
+            "own. Choose another one with --out."
         )
 
 

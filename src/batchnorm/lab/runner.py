@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,9 +31,14 @@ SLICE = 4
 # The entry of a run's timing that says how many seconds the whole of it took.
 RUN_S = "run_s"
 
-# The entry that says how many seconds of processor time it took, in all processes that it had: what
-# others did meanwhile, and how many runs there were at once, is not in it.
+# The entry that says how many seconds of processor time it took, with the processes that it started
+# (where runs are threads of one process: that any of them started).
 CPU_S = "cpu_s"
+
+
+def core_seconds(timing: Mapping[str, float]) -> float:
+    """Return how long one core takes for a run; by the clock, where processor time was not kept."""
+    return timing.get(CPU_S, timing.get(RUN_S, 0.0))
 
 
 class TrialError(BatchNormError):
@@ -176,9 +181,9 @@ def _attempt(
 
 
 def _processor_s() -> float:
-    """Processor time of this process, and of those that it started and that have ended."""
+    """Processor time of this thread, and of processes that have been started and have ended."""
     ended = os.times()
-    return time.process_time() + ended.children_user + ended.children_system
+    return time.thread_time() + ended.children_user + ended.children_system
 
 
 @contextlib.contextmanager

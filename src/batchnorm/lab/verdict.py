@@ -50,7 +50,7 @@ class Verdict:
 
     `false_rate` is how often the rule gives *reproduced* when there is no effect at all, with this
     many seeds and normally distributed differences. With a `limit` the differences are from what
-    was measured up to it.
+    was measured up to it, and `measured` is the mean of that.
     """
 
     outcome: str
@@ -67,6 +67,7 @@ class Verdict:
     censored_treated: int
     false_rate: float
     limit: float | None = None
+    measured: float | None = None
 
     @property
     def pairs(self) -> int:
@@ -88,7 +89,7 @@ class Verdict:
     @property
     def estimate(self) -> str:
         """The mean difference, signed; with a limit, the mean of what was measured."""
-        return f"{self.mean:+.3g}" if self.limit is None else f"{self.limit - self.mean:.3g}"
+        return f"{self.mean:+.3g}" if self.measured is None else f"{self.measured:.3g}"
 
     @property
     def span(self) -> str:
@@ -96,9 +97,10 @@ class Verdict:
         if self.interval is None:
             return ""
         low, high = self.interval
-        if self.limit is None:
+        if self.measured is None:
             return f"{low:+.3g} to {high:+.3g}"
-        return f"{self.limit - high:.3g} to {self.limit - low:.3g}"
+        reach = (high - low) / 2
+        return f"{self.measured - reach:.3g} to {self.measured + reach:.3g}"
 
     @property
     def bound(self) -> bool:
@@ -170,7 +172,10 @@ def judge(
 
 
 def judge_within(limit: float, values: Sequence[float], *, unit: str) -> Verdict:
-    """Judge the claim that every seed's value is below a limit that was chosen beforehand.
+    """Judge the claim that something is below a limit that was chosen beforehand.
+
+    As `judge` does: the mean must be below it by more than 2 standard errors, and so must 7/8 of
+    the seeds be.
 
     >>> found = judge_within(0.05, [0.01, 0.02, 0.03], unit="relative error")
     >>> found.outcome, found.estimate, found.span
@@ -207,10 +212,11 @@ def _judge(
     }
     censored = [sum(value is None for value in values) for values in (control, treated)]
     arms = dict(zip(names, censored, strict=True))
+    measured = None if limit is None else float(np.mean(_filled(treated, horizon)))
     outcome = {1: REPRODUCED, -1: CONTRADICTED, 0: UNRESOLVED}[int(_direction(differences))]
     return Verdict(
         outcome=outcome,
-        sentence=_sentence(unit, pairs, mean, error, counts, horizon, arms, limit),
+        sentence=_sentence(unit, pairs, mean, error, counts, horizon, arms, limit, measured),
         unit=unit,
         differences=tuple(float(d) for d in differences),
         mean=mean,
@@ -220,6 +226,7 @@ def _judge(
         censored_treated=censored[1],
         false_rate=false_rate(pairs),
         limit=limit,
+        measured=measured,
         **counts,
     )
 
@@ -297,13 +304,14 @@ def _sentence(
     horizon: float | None,
     censored: dict[str, int],
     limit: float | None,
+    measured: float | None,
 ) -> str:
     if error is None:
         return (
             f"{counted(pairs, 'paired seed')} cannot show how much seeds differ; the rule needs at "
             "least 2."
         )
-    strength = _strength(unit, pairs, mean, error, horizon, censored, limit)
+    strength = _strength(unit, pairs, mean, error, horizon, censored, limit, measured)
     ties = f", {counts['tied']} tied" if counts["tied"] else ""
     return (
         f"{counts['right']} of {pairs} paired seeds went the claim's way and {counts['wrong']} "
@@ -319,6 +327,7 @@ def _strength(
     horizon: float | None,
     censored: dict[str, int],
     limit: float | None,
+    measured: float | None,
 ) -> str:
     """Say how far the mean is from zero, or why its standard error cannot tell."""
     never = [name for name, count in censored.items() if count == pairs]
@@ -344,7 +353,7 @@ def _strength(
     if limit is not None:
         side = "below" if mean > 0 else "above" if mean < 0 else "at"
         return (
-            f"The mean is {limit - mean:.3g} {unit}, {side} the limit of {limit:g}, with a "
+            f"The mean is {measured:.3g} {unit}, {side} the limit of {limit:g}, with a "
             f"standard error of {error:.2g}: {distance}."
         )
     return (

@@ -130,7 +130,7 @@ def _differentiable_gradients(ctx: Any, dh: Tensor, dc: Tensor) -> tuple[Any, ..
     with torch.enable_grad():
         # z and c come from earlier steps, of the same γ and β, whose own nodes see to these: behind
         # views the way back through them is not taken here.
-        inputs = [None if of is None else of.view_as(of) for of in ctx.saved_tensors[:7]]
+        inputs: Any = [None if of is None else of.view_as(of) for of in ctx.saved_tensors[:7]]
         z, x, c, gamma_h, beta_h, gamma_c, beta_c = inputs
         a = hidden.again(z, x, gamma_h, beta_h, *ctx.of_hidden)
         outputs = _gated(a, c, lambda c: cell.again(c, None, gamma_c, beta_c, *ctx.of_cell))

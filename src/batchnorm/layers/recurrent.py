@@ -15,12 +15,12 @@ from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.lstm_step import step_of
 from batchnorm.layers.recurrent_checks import (
     check_input,
-    check_keys,
     check_mask,
     check_options,
     check_packed,
     check_pair,
     check_state,
+    check_state_dict,
     check_steps,
 )
 from batchnorm.layers.steps import add_steps, along, steps_by_batch
@@ -184,6 +184,11 @@ class BatchNormLSTM(nn.RNNBase):
             output: tuple[Tensor | PackedSequence, State] = lstm(self, input, hx)
             return output
         for norm in self._every_norm():
+            if not isinstance(norm, BatchNorm):
+                raise ArgumentError(
+                    f"expected BatchNorm within {type(self).__name__}, which has statistics for "
+                    f"each step, got {type(norm).__name__}; leave it out when converting a model"
+                )
             if norm._bank is not None:
                 raise ArgumentError(
                     f"expected no bank around {type(self).__name__}, got {norm._bank!r}: its steps "
@@ -306,14 +311,15 @@ class BatchNormLSTM(nn.RNNBase):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """torch's; InputError for a state dict of something else, if it must fit."""
-        if strict and self.normalize:
-            check_keys(state_dict, self)
+        """torch's; InputError for a state dict of other steps, or if it must fit of other keys."""
+        if self.normalize:
+            check_state_dict(state_dict, self, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        # Raised here: told at the end, as torch tells of sizes, the norms would have taken banks.
         check_steps(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         counts = [
@@ -346,7 +352,7 @@ class BatchNormLSTM(nn.RNNBase):
             values = {getattr(norm, name) for norm in norms}
             if values - {usual}:
                 parts.append(f"{name}={values.pop() if len(values) == 1 else 'various'}")
-        frozen = sum(norm._frozen for norm in norms)
+        frozen = sum(getattr(norm, "_frozen", False) for norm in norms)  # may be converted ones
         if frozen:
             parts.append("frozen" if frozen == len(norms) else f"{frozen} of {len(norms)} frozen")
         return ", ".join(parts)

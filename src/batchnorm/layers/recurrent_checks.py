@@ -141,26 +141,28 @@ def check_state(h: Tensor, c: Tensor, shapes: tuple[Any, Any], x: Tensor) -> Non
         )
 
 
-def check_steps(given: Iterable[str], lstm: nn.Module, prefix: str) -> None:
-    """Refuse a state dict of other steps, as torch does one of other sizes, strict or not.
+def check_steps(given: Iterable[str], lstm: nn.Module, prefix: str = "") -> None:
+    """Refuse a state dict that has statistics of other steps, as torch does one of other sizes.
 
     Layers take any bank: the last step's statistics would serve an earlier one.
     """
     keys = [key.removeprefix(prefix) for key in given if key.startswith(prefix)]
     there, here = _steps(keys), _steps(lstm.state_dict())
-    if there not in (0, here):
+    if here and there not in (0, here):
         raise InputError(
             f"expected statistics of {here} steps, for max_length={here}, got those of {there}; "
             f"make it with max_length={there}"
         )
 
 
-def check_keys(given: Collection[str], lstm: nn.Module) -> None:
-    """Refuse a state dict with no key of a norm, such as nn.LSTM's, where all must fit.
+def check_state_dict(given: Collection[str], lstm: nn.Module, *, strict: bool) -> None:
+    """Refuse a state dict of other steps; and where all must fit, one with no key of a norm.
 
-    torch would name every tensor that is missing, of each step, in tens of thousands of characters.
+    Of such a one, as nn.LSTM's is, torch would name every tensor that is missing, of each step, in
+    tens of thousands of characters.
     """
-    if any(key.startswith(_NORMS) for key in given):
+    check_steps(given, lstm)
+    if not strict or any(key.startswith(_NORMS) for key in given):
         return
     own = list(lstm.state_dict())
     norms = [key for key in own if key.startswith(_NORMS)]
@@ -179,9 +181,11 @@ def check_keys(given: Collection[str], lstm: nn.Module) -> None:
 
 
 def _steps(keys: Iterable[str]) -> int:
-    """How many steps have statistics; 0: there are no keys of a norm."""
+    """How many steps have statistics."""
     banks = {
-        key.partition(".banks.")[2].partition(".")[0] for key in keys if key.startswith(_NORMS)
+        key.partition(".banks.")[2].partition(".")[0]
+        for key in keys
+        if key.startswith(_NORMS) and key.endswith(".running_mean")
     }
     return sum(not name or name.startswith("step") for name in banks)  # no bank's: the last step's
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,40 +23,12 @@ Step = Callable[[nn.Module, Any], Any]
 def call(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch: a tensor, a tuple with the input first, or keyword arguments.
 
-    Tensors go to the model's device, where it has one.
-
-    Raises:
-        InputError: what comes second in a tuple is the model's mask, it seems, not its labels.
+    Of a tuple, nothing else is looked at: mostly labels. Tensors go to the model's device, where it
+    has one.
     """
     first = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
-    if first:
-        _check_no_mask(model, batch)
     batch = to_device(batch[0] if first else batch, model)
     return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-def _check_no_mask(model: nn.Module, batch: Sequence[Any]) -> None:
-    """Refuse a tuple whose mask would not be looked at, as labels are not.
-
-    Labels of bool, one for each class or pixel, may look the same; only who has made them knows.
-    """
-    if len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch[:2]):
-        return
-    x, other = batch[:2]
-    # With two axes it is a vector, which is more often labels.
-    fits = x.dim() > 2 and any(
-        x.shape[:axis] + x.shape[axis + 1 :] == other.shape for axis in range(1, x.dim())
-    )
-    if other.dtype is not torch.bool or not fits:
-        return
-    names = list(inspect.signature(model.forward).parameters)
-    if "mask" in names[1:]:
-        raise InputError(
-            "expected a batch with the input first, whose rest is not looked at, got what may be a "
-            f"mask second, and {type(model).__name__} takes one; pass it by its name, "
-            f"{{{names[0]!r}: x, 'mask': mask}}, or say by step what belongs to the model: "
-            "step=lambda model, batch: model(batch[0], mask=batch[1])"
-        )
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:

@@ -269,25 +269,27 @@ def _multiples(runs: Runs, what: str, arm: str) -> list[float]:
 
 def analyse(settings: CostSettings, runs: Runs) -> Findings:
     """Judge multiples of what the plain network keeps and takes, means over the networks."""
-    units = {
-        KEPT: "times the plain network's memory",
-        STEP: "times the plain network's step",
-        INFERENCE: "times the plain network's inference",
+    plains = {
+        KEPT: "the plain network's memory",
+        STEP: "the plain network's step",
+        INFERENCE: "the plain network's inference",
     }
 
     def more(what: str, arm: str, than: str = PLAIN) -> Verdict:
         control, treated = by_seed(runs, what, arm), by_seed(runs, what, than)
-        return judge(control, treated, unit=units[what], names=(arm, than))
+        return judge(control, treated, unit=f"times {plains[what]}", names=(arm, than))
 
     def more_than_checkpoints() -> Verdict:
         """Judge what recomputing adds to a step against what checkpoints add to a plain one."""
         plain = [value - 1 for value in by_seed(runs, STEP, CHECKPOINTED)]
         pairs = zip(by_seed(runs, STEP, RECOMPUTED), by_seed(runs, STEP, FUSED), strict=True)
         added = [recomputed - kept for recomputed, kept in pairs]
-        return judge(added, plain, unit=units[STEP], names=(RECOMPUTED, CHECKPOINTED))
+        names = RECOMPUTED, CHECKPOINTED
+        return judge(added, plain, unit=f"times {plains[STEP]}", names=names)
 
     def no_more(what: str, arm: str) -> Verdict:
-        return judge_within(1 + TOLERANCE, by_seed(runs, what, arm), unit=units[what])
+        extra = [100 * (value - 1) for value in by_seed(runs, what, arm)]
+        return judge_within(100 * TOLERANCE, extra, unit=f"% above {plains[what]}")
 
     stacks = [r for r in runs if r.trial.network == STACK]
 

@@ -35,8 +35,6 @@ SORTED = ", sorted"
 R_MAX, D_MAX = 3.0, 5.0
 R_OPEN, D_OPEN = (0.1, 0.75), (0.1, 0.5)
 
-#: Percentage points of the test rows.
-
 
 @dataclass(frozen=True, kw_only=True)
 class RenormSettings(Settings):
