@@ -67,7 +67,7 @@ Runs = Sequence[Run[FreezingTrial]]
 
 PROFILES = {
     "quick": FreezingSettings(
-        seeds=8, tuning_seeds=1, sizes=(4, 8, 64), rates=(0.01, 0.03, 0.1, 0.3), steps=250
+        seeds=8, tuning_seeds=1, sizes=(4, 8, 64), rates=(0.03, 0.1, 0.3, 1.0), steps=250
     ),
     "full": FreezingSettings(
         seeds=8,

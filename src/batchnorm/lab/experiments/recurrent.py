@@ -104,7 +104,7 @@ PROFILES = {
     "full": RecurrentSettings(
         seeds=8,
         tuning_seeds=4,
-        rates=(0.03, 0.1, 0.3, 1.0),
+        rates=(0.03, 0.1, 0.3, 1.0, 3.0),
         steps=280,
         cases=(PERMUTED, ORDERED, ORTHOGONAL, LONGER),
     ),
