@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,8 +37,8 @@ LOOKS = (
 )
 
 
-def with_looks(series: Mapping[str, T]) -> list[tuple[Look, str, T]]:
-    """Return each series with the look that is its place's.
+def with_looks(series: Mapping[str, T], like: Sequence[str] = ()) -> list[tuple[Look, str, T]]:
+    """Return each series with the look that is its place's, or its place's in `like`.
 
     >>> [(look.mark, name) for look, name, _ in with_looks({"plain": 1, "BatchNorm": 2})]
     [('s', 'plain'), ('o', 'BatchNorm')]
@@ -46,12 +46,13 @@ def with_looks(series: Mapping[str, T]) -> list[tuple[Look, str, T]]:
     Raises:
         ArgumentError: There are more series than looks: a figure would hold two that look alike.
     """
-    if len(series) > len(LOOKS):
+    names = list(like or series)
+    if len(names) > len(LOOKS):
         raise ArgumentError(
             f"A figure has at most {len(LOOKS)} series, each with a look of its own; got "
-            f"{len(series)}: {', '.join(series)}. Draw fewer, or in several figures."
+            f"{len(names)}: {', '.join(names)}. Draw fewer, or in several figures."
         )
-    return [(look, *item) for look, item in zip(LOOKS, series.items(), strict=False)]
+    return [(LOOKS[names.index(name)], name, values) for name, values in series.items()]
 
 
 @contextlib.contextmanager

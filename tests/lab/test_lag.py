@@ -144,7 +144,7 @@ def test_numbers_are_those_of_the_runs():
     assert found.table.rows[0] == ("1", "0.1", "2–2", "25.5%", "20.4%")
     assert found.table.rows[3] == ("1", "0.01", "3", "12.4%", "10.4%")
     assert f"{0.9**20:.1%} the zeros" in found.recipe[2]
-    assert f"still {0.99**40:.1%} what" in found.caveats[0]
+    assert f"still {0.99**40:.1%} of what" in found.caveats[0]
     assert math.isclose(0.99**40, 0.669, abs_tol=1e-3)
 
 

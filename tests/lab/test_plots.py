@@ -49,6 +49,24 @@ def test_a_series_for_which_there_is_no_look_is_refused(draw):
         draw(FIVE)
 
 
+def test_a_series_looks_as_in_another_figure_of_the_page():
+    axes = plots.curves(along(["c"]), xlabel="x", ylabel="y", like=FOUR).axes[0]
+    assert axes.get_lines()[0].get_color() == LOOKS[2].colour
+
+
+def test_what_was_predicted_is_named_once():
+    lines = {"a": [1.0, 2.0], "b": [2.0, 3.0]}
+    axes = plots.curves(along(FOUR), xlabel="x", ylabel="y", lines=lines).axes[0]
+    assert axes.get_legend_handles_labels()[1] == [*FOUR, "predicted"]
+
+
+@pytest.mark.parametrize(("level", "inside"), [(8.0, True), (3.0, True)])
+def test_a_level_above_all_series_lies_within_the_axes(level, inside):
+    axes = plots.curves(along(FOUR), xlabel="x", ylabel="y", level=level).axes[0]
+    low, high = axes.get_ylim()
+    assert (level < high - 0.08 * (high - low)) == inside
+
+
 def test_equal_marks_of_a_sweep_stand_side_by_side():
     same = {name: {0.1: [2.0]} for name in FOUR}
     figure = plots.sweep(

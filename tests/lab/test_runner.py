@@ -15,7 +15,7 @@ import torch
 from joblib._parallel_backends import ThreadingBackend
 
 import lab_tiny
-from batchnorm.errors import NonFiniteWarning
+from batchnorm.errors import InputError, NonFiniteWarning
 from batchnorm.lab import runner
 from batchnorm.lab.data import load
 from batchnorm.lab.experiments import Run
@@ -117,6 +117,17 @@ def test_trials_that_raise_are_named_and_the_others_kept(tmp_path):
     assert "could not convert string to float: 'nonsense'" in text
     assert "convergence.py" in text  # where it was raised, from the worker's traceback
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_wrong_with_the_data_is_told_once_and_without_a_traceback(tmp_path):
+    def refuse(trial, data):
+        raise InputError("expected images.")
+
+    data = load("digits")
+    experiment = dataclasses.replace(EXPERIMENT, run=refuse)
+    with pytest.raises(runner.TrialError) as error:
+        runner.execute(experiment, SETTINGS, data, Store(tmp_path, experiment, ""), jobs=None)
+    assert str(error.value) == "6 of 6 runs could not be done: expected images."
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy(tmp_path):

@@ -13,7 +13,7 @@ from batchnorm import lab
 from batchnorm.errors import ArgumentError, InputError
 from batchnorm.lab import runner, study
 from batchnorm.lab.experiments import convergence, explosion
-from batchnorm.lab.results import FILE, SCHEMA
+from batchnorm.lab.results import FILE, SCHEMA, check_parent
 
 SETTINGS = dataclasses.replace(lab_tiny.SETTINGS, steps=20)
 PROFILES = {"quick": SETTINGS, "other": SETTINGS}
@@ -166,6 +166,31 @@ def test_one_experiment_does_not_go_where_several_are(done, tmp_path):
     assert text.endswith(f"with --out, such as {several / 'convergence'}.")
     (several / "one" / FILE).write_text("[]")  # somebody else's
     assert again(several)[0].content["profile"] == "quick"
+
+
+@pytest.mark.parametrize("name", ["report.html", "claims.md", "figures/mine.png"])
+def test_files_of_others_are_not_replaced(done, tmp_path, name):
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("thesis")
+    refused(tmp_path / "mine", "is in the way")
+    if not name.startswith("figures"):
+        with pytest.raises(ArgumentError, match="not the lab's"):
+            check_parent(tmp_path / "mine")
+        (done / name).write_text("thesis")
+        with pytest.raises(ArgumentError, match=f"{name} is in the way"):
+            lab.write_report(done)
+        assert (done / name).read_text() == "thesis"
+
+
+def test_a_run_that_was_stopped_goes_on_beside_its_page(done):
+    (done / FILE).unlink()
+    assert again(done)[1].ran == 0
+
+
+def test_several_names_at_once_are_told(tmp_path):
+    with pytest.raises(ArgumentError, match=r"one experiment; got \['lag'\]"):
+        lab.run(["lag"], tmp_path)
 
 
 def test_what_cannot_be_read_is_not_replaced(done):

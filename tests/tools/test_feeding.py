@@ -67,6 +67,10 @@ def test_statistics_of_a_masked_recurrent_network(method, ddof, batch_first, by)
         report = recalibrate(
             lstm, parts, method=method, step=lambda model, batch: model(batch[0], mask=batch[1])
         )
+    assert (
+        repr(report)
+        == f"Recalibration({method!r}: 15 layers from {len(parts)} batch{'es' * (len(parts) > 1)})"
+    )
     seen = step_by_step(lstm, x.numpy(), LENGTHS.numpy(), ddof)
     for part, values in seen.items():
         norm = lstm.norms[0][part]

@@ -59,6 +59,7 @@ def curves(
     share: bool = True,
     marks: bool = False,
     lines: Mapping[str, Sequence[float]] | None = None,
+    like: Sequence[str] = (),
 ) -> Figure:
     """Draw the median and the range over seeds of something by something.
 
@@ -72,15 +73,19 @@ def curves(
         yscale: "log" or "linear".
         share: The values are shares of one, and are labelled in percent.
         marks: The places are few, and each median gets a mark.
-        lines: What was predicted for series, dotted.
+        lines: What was predicted for series: thin lines of ink.
+        like: All series of another figure of the same page, to look as they do there.
     """
     figure = Figure((WIDTH, 3.7))
     axes = figure.subplots()
-    for name, line in (lines or {}).items():
-        axes.plot(series[name][0], line, color=INK, linestyle=":", linewidth=1)
-    _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks)
+    _draw(axes, series, xscale=xscale, yscale=yscale, share=share, marks=marks, like=like)
+    for place, (name, line) in enumerate((lines or {}).items()):
+        label = "_" if place else "predicted"
+        axes.plot(series[name][0], line, color=INK, linewidth=0.8, label=label, zorder=1.9)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if level is not None:
+        if level > max(value for _, rows in series.values() for value in summary(rows)[2]):
+            axes.margins(y=0.14)  # room for the label above it
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
         axes.annotate(
             level_label,
@@ -156,9 +161,10 @@ def _draw(
     yscale: str,
     share: bool,
     marks: bool,
+    like: Sequence[str] = (),
 ) -> None:
     """Draw each series' median as a line in a band over the seeds."""
-    for look, name, (x, rows) in with_looks(series):
+    for look, name, (x, rows) in with_looks(series, like):
         low, middle, high = summary(rows)
         axes.fill_between(x, low, high, color=look.colour, alpha=BAND_ALPHA, linewidth=0)
         axes.plot(

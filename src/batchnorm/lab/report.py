@@ -20,8 +20,6 @@ from batchnorm.lab.store import write_atomically
 from batchnorm.lab.verdict import CONTRADICTED, REPRODUCED, UNRESOLVED, Verdict
 from batchnorm.lab.words import duration
 
-FILE = "report.html"
-CLAIMS = "claims.md"
 TEMPLATE = "report.template.html"
 
 TITLE = "The claims made for batch normalization, tested at home"
@@ -45,7 +43,9 @@ def build(directory: Path, note: Callable[[str], None] = lambda _: None) -> Path
 
     Raises:
         InputError: there are no results, or none that can be read.
+        ArgumentError: there is a page that is not the lab's.
     """
+    results.check_pages(directory)
     below = sorted(path.parent for path in directory.glob(f"*/{results.FILE}"))
     if (directory / results.FILE).exists() or not below:
         return _own_page(directory, _section(directory))
@@ -62,7 +62,7 @@ def build(directory: Path, note: Callable[[str], None] = lambda _: None) -> Path
     if not sections:
         raise errors[0]
     above = overview(sections)
-    write_atomically(directory / CLAIMS, markdown(above))
+    write_atomically(directory / results.CLAIMS, markdown(above))
     return _write(directory, TITLE, strongest(sections), above)
 
 
@@ -92,7 +92,7 @@ def _write(
         looks=figures.LOOKS,
         marks=MARKS,
     )
-    path = directory / FILE
+    path = directory / results.PAGE
     write_atomically(path, html)
     return path
 
@@ -102,7 +102,7 @@ def _section(directory: Path) -> dict[str, Any]:
     found = results.read(directory)
     content = found.content
     findings = content["findings"]
-    folder = directory / "figures"
+    folder = directory / results.FIGURES
     folder.mkdir(exist_ok=True)
     with figures.style():
         pictures = found.experiment.figures(found.settings, found.runs)

@@ -21,7 +21,11 @@ from batchnorm.lab.store import strict, write_atomically
 from batchnorm.lab.words import counted
 
 FILE = "results.json"
+PAGE, CLAIMS, FIGURES = "report.html", "claims.md", "figures"
 SCHEMA = 2
+
+# What is in every page that the lab has made.
+MARK = b"batchnorm lab"
 
 # What every results.json begins with, as `write` makes it.
 BEGINNING = b'{"schema":'
@@ -89,7 +93,14 @@ def check_place(
             f"with --out, such as {directory / experiment.name}."
         )
     remedy = f"Choose another directory (--out), or delete {path} if you do not need it."
+    check_pages(directory)
     if not path.exists():
+        figures = directory / FIGURES
+        if figures.exists() and not (directory / PAGE).exists():
+            raise ArgumentError(
+                f"{figures} is in the way: figures of these results go there, and it is not the "
+                "lab's. Choose another directory (--out)."
+            )
         return
     try:
         content = json.loads(path.read_bytes())
@@ -152,6 +163,18 @@ def check_parent(directory: Path) -> None:
             f"{directory} holds the results of one experiment; several need a directory for their "
             "own. Choose another one with --out."
         )
+    check_pages(directory)
+
+
+def check_pages(directory: Path) -> None:
+    """Raise ArgumentError if a page would replace a file that is not the lab's."""
+    for name in (PAGE, CLAIMS):
+        path = directory / name
+        if path.is_file() and MARK not in path.read_bytes():
+            raise ArgumentError(
+                f"{path} is in the way: it is not the lab's, and would be replaced. Choose another "
+                "directory, or move it."
+            )
 
 
 def write(

@@ -62,6 +62,7 @@ class Progress:
 class _Failure:
     trial: Trial
     report: str
+    ours: str = ""  # the message, if it says all
 
 
 def execute(
@@ -174,6 +175,8 @@ def _attempt(
             done = run(trial, data)
             took = {RUN_S: time.perf_counter() - start, CPU_S: _processor_s() - busy}
             return replace(done, timing={**done.timing, **took})
+    except BatchNormError as error:
+        return _Failure(trial, traceback.format_exc(), str(error))
     except Exception:
         return _Failure(trial, traceback.format_exc())
     finally:
@@ -205,6 +208,10 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _describe(failures: Sequence[_Failure], total: int) -> str:
+    reasons = {failure.ours for failure in failures}
+    if len(reasons) == 1 and all(reasons):
+        # What is wrong with the data or the settings is wrong with every trial.
+        return f"{len(failures)} of {total} runs could not be done: {reasons.pop()}"
     trials = "\n".join(
         f"  {', '.join(f'{key}={value}' for key, value in asdict(failure.trial).items())}\n"
         f"    {failure.report.strip().splitlines()[-1]}"

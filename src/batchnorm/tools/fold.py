@@ -23,7 +23,7 @@ from batchnorm.tools.folding.report import FoldedLayer, FoldReport, LeftLayer
 from batchnorm.tools.folding.rewrite import rewrite
 from batchnorm.tools.folding.timing import speedup
 from batchnorm.tools.folding.verify import verify
-from batchnorm.tools.layers import every_batch_norm
+from batchnorm.tools.layers import every_batch_norm, stepwise
 
 
 def fold(model: nn.Module, example_inputs: Any, *, measure: bool = False) -> nn.Module:
@@ -146,7 +146,12 @@ def _prepared(model: nn.Module) -> nn.Module:
     ]
     prepared = copy.deepcopy(model, {id(value): value.detach().clone() for value in results}).eval()
     prepared.zero_grad()
-    pairs = list(zip(model.modules(), prepared.modules(), strict=True))
+    by_step = stepwise(model)  # they choose among their banks themselves
+    pairs = [
+        pair
+        for pair in zip(model.modules(), prepared.modules(), strict=True)
+        if pair[0] not in by_step
+    ]
     for one, other in pairs:
         if isinstance(one, BatchNorm) and isinstance(other, BatchNorm) and "banks" in one._modules:
             if one._bank is not None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.layers.recurrent import BatchNormLSTM
 
 
 def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
@@ -58,6 +59,12 @@ def named_keepers(name: str, layer: Any) -> list[tuple[str, Any]]:
     banks = keepers(layer)[1:]
     names = [f"{name}.banks.{key}".strip(".") for key in layer.banks] if banks else []
     return [(name, layer), *zip(names, banks, strict=True)]
+
+
+def stepwise(model: nn.Module) -> set[nn.Module]:
+    """The layers within recurrent networks, which have a bank for each step."""
+    recurrent = (module for module in model.modules() if isinstance(module, BatchNormLSTM))
+    return {norm for module in recurrent for norms in module.norms for norm in norms.children()}
 
 
 def own_batch_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:

@@ -16,6 +16,7 @@ from batchnorm.errors import InputError, NonFiniteWarning
 from batchnorm.layers.statistics import SHARED
 from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.running import sound
+from batchnorm.tools.findings import counted
 from batchnorm.tools.merge import remember
 from batchnorm.validation import MIN_COUNT
 
@@ -70,6 +71,16 @@ class Recalibration:
     passes: int
     layers: tuple[LayerRecalibration, ...]
     left: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        """What was done, in a line: recurrent networks have layers by the hundred."""
+        parts = [
+            f"{self.method!r}: {counted(len(self.layers), 'layer')} from "
+            f"{counted(self.batches, 'batch', 'batches')}"
+        ]
+        if self.left:
+            parts.append(f"{len(self.left)} left alone")
+        return f"Recalibration({', '.join(parts)})"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can keep it."""

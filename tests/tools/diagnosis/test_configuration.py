@@ -250,7 +250,7 @@ def test_a_bank_for_each_place_repairs_it():
     banked = diagnose(model, batches, step=lambda model, x: model(x, other))
     assert banked.findings == ()
     assert banked.gap.value < shared.gap.value / 3
-    assert banked.notes[0].startswith("calls with a bank of statistics were not looked at")
+    assert banked.notes[0].startswith("calls with a bank of statistics (")
 
     def only_the_bank(model, x):
         with other:

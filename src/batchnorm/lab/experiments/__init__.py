@@ -142,6 +142,11 @@ def discover() -> dict[str, Experiment[Any, Any]]:
 def find(name: str) -> Experiment[Any, Any]:
     """Return the experiment of that name, or raise ArgumentError with the names there are."""
     known = discover()
+    if not isinstance(name, str):
+        raise ArgumentError(
+            f"name: expected the name of one experiment; got {name!r}. Run several one by one, "
+            "each in a directory of its own."
+        )
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -328,7 +328,8 @@ def figures(settings: ExplosionSettings, runs: Runs) -> list[Picture]:
             "gradient",
             "Squared gradient on its way back, before any training",
             "Left is the output, where each line begins at 1. A straight line is growth by the "
-            f"same factor at every layer; the dotted ones are what the theory predicts. {bands}",
+            "same factor at every layer; the thin black ones are what the theory predicts. "
+            f"{bands}",
             plots.curves(
                 {
                     names[of]: (shown, [[row[i] / row[0] for i in shown] for row in rows])
@@ -356,6 +357,7 @@ def figures(settings: ExplosionSettings, runs: Runs) -> list[Picture]:
                 xscale="linear",
                 share=False,
                 level=1,
+                like=list(names.values()),
             ),
         ),
         Picture(
@@ -369,6 +371,7 @@ def figures(settings: ExplosionSettings, runs: Runs) -> list[Picture]:
                 ylabel="growth a layer",
                 share=False,
                 marks=True,
+                like=list(names.values()),
                 level=predicted(LINEAR, last),
                 level_label="theory",
             ),

@@ -217,7 +217,7 @@ def analyse(settings: LagSettings, runs: Runs) -> Findings:
             f"they started from; after epoch {last}, {left(usual, last)}.",
         ),
         caveats=(
-            f"With momentum {longest:g}, running averages are still {left(longest, last)} what "
+            f"With momentum {longest:g}, running averages are still {left(longest, last)} of what "
             f"they started from after epoch {last}: early on, that is most of what is wrong with "
             "them, and not that they lag.",
             *verdict.caveats(),

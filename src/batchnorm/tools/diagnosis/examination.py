@@ -17,7 +17,7 @@ from batchnorm.tools.diagnosis.trace import Trace, WithoutBias
 from batchnorm.tools.diagnosis.watch import OneValueError, Seen, Watch
 from batchnorm.tools.feeding import Step
 from batchnorm.tools.findings import Finding, Gap, LayerReport
-from batchnorm.tools.layers import named_keepers
+from batchnorm.tools.layers import named_keepers, stepwise
 
 
 class Examination:
@@ -41,7 +41,8 @@ class Examination:
         self.layers = [layer for _, layer in named]
         self.switched = {layer for layer in self.layers if switchable(layer)} - still
         self.outputs = gap.Outputs(model, self.layers, step)
-        self.watch = Watch(self.layers)
+        self.by_step = stepwise(model)
+        self.watch = Watch(self.layers, by_step=self.by_step)
         self.trace, self.trace_of_training = Trace(self.layers), Trace(self.layers)
         self.notes: list[str] = []
         self.alone: dict[Any, float] = {}
@@ -55,17 +56,20 @@ class Examination:
     def run(self) -> None:
         """All passes. The model is in evaluation, but for layers that are switched."""
         distances = self._compare()
-        if any(seen.banked for seen in self.watch.seen.values()):
+        banked = any(seen.banked for seen in self.watch.seen.values())
+        if banked:
             self.notes.append(
-                "calls with a bank of statistics were not looked at, except in what they do to the "
-                "output"
+                "calls with a bank of statistics (in a recurrent network, each step) were not "
+                "looked at, except in what they do to the output; recalibrate reaches them"
             )
         self.drifts = {layer: self._drift(layer) for layer in self.layers}
         populations = {layer: self.seen(layer).population() for layer in self.switched}
         with gap.exact_statistics(populations):
             recalibrated = self.outputs.moved(set(), gap.KEPT)
-        # One batch's own statistics are those of training, and say nothing of others.
-        self.gap: Gap = gap.gap_of(distances, recalibrated if len(self.batches) > 1 else None)
+        # One batch's own statistics are those of training, and say nothing of others. Those of
+        # banks are as they were.
+        told = len(self.batches) > 1 and not banked
+        self.gap: Gap = gap.gap_of(distances, recalibrated if told else None)
         self._measure_alone()
         self._share_out(distances)
         self._leave_out_biases()
@@ -210,7 +214,7 @@ class Examination:
 
     def _drop_out(self) -> None:
         """What dropout does to the variance that comes in."""
-        watch = Watch(self.layers, deep=False)
+        watch = Watch(self.layers, deep=False, by_step=self.by_step)
         with watch.hooks(), normalizing_by(self.layers, self.switched):
             for batch in self.batches:
                 watch.next_batch()

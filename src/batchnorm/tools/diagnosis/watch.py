@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +85,7 @@ class Watch:
     Args:
         layers: that are watched.
         deep: also look for padding, and at samples one by one.
+        by_step: layers that have a bank for each step but the last ones.
 
     Attributes:
         seen: of each layer.
@@ -94,10 +95,13 @@ class Watch:
         OneValueError: within, from a layer that would have to normalise one value by itself.
     """
 
-    def __init__(self, layers: list[Any], *, deep: bool = True) -> None:
+    def __init__(
+        self, layers: list[Any], *, deep: bool = True, by_step: Collection[Any] = ()
+    ) -> None:
         self.seen: dict[Any, Seen] = {layer: Seen() for layer in layers}
         self.order: list[Any] = []
         self._deep = deep
+        self._by_step = by_step
         self._before_batch: dict[Any, tuple[int, int]] = {}
 
     @contextmanager
@@ -130,7 +134,8 @@ class Watch:
             return  # the layer will say so
         if layer not in self.order:
             self.order.append(layer)
-        if isinstance(layer, BatchNorm) and layer._bank is not None:
+        # The steps of a recurrent network that have no bank are but its last ones.
+        if layer in self._by_step or (isinstance(layer, BatchNorm) and layer._bank is not None):
             seen.banked = True
             return
         axis = channel_axis(layer, x.dim())

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from batchnorm.layers.recurrent import BatchNormLSTM
 from batchnorm.tools.folding.kinds import kind, passes
 
 #: Methods whose result has the same values in the same places.
@@ -75,7 +76,7 @@ class _Tracer(fx.Tracer):
                     self.create_proxy("call_function", _kept, (value,), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if kind(m) is not None:
+        if kind(m) is not None or isinstance(m, BatchNormLSTM):
             return True
         holds = any(isinstance(part, _BatchNorm) for part in m.modules())
         return not holds and super().is_leaf_module(m, module_qualified_name)

@@ -20,7 +20,7 @@ from batchnorm.tools.folding.kinds import (
     unfit,
 )
 from batchnorm.tools.folding.steps import Step, Work
-from batchnorm.tools.layers import every_batch_norm
+from batchnorm.tools.layers import every_batch_norm, stepwise
 
 #: What only steps from one value to another, whatever runs before or after it.
 _PURE = ("placeholder", "get_attr")
@@ -48,6 +48,7 @@ class _Planner:
         self.captured = captured
         self.work = Work(model)
         self.modules = self.work.modules
+        self.by_step = stepwise(model)
         self.layers = [name for name, _ in every_batch_norm(model)]
         self.steps: list[Step] = []
         self.left: dict[str, str] = {}
@@ -104,6 +105,8 @@ class _Planner:
     def _check_layer(self, name: str) -> None:
         if not self.captured.seen.calls[name]:
             raise _Reason("it is not called with the example inputs")
+        if self.modules[name] in self.by_step:
+            raise _Reason("each step of its recurrent network has statistics of its own")
         reason = not_normalizing_by_constants(self.modules[name])
         if reason is not None:
             raise _Reason(f"it {reason}")
