@@ -193,6 +193,12 @@ def test_equal_differences_have_no_standard_error_though_their_mean_is_rounded()
     assert "every seed gave the same" in verdict.sentence
 
 
+def test_differences_that_cancel_out_have_a_mean_of_zero():
+    found = judge([0.1, 0.2, 0.3, 0.3], [0.2, 0.4, 0.2, 0.1], unit="steps")
+    assert np.mean(found.differences) != 0
+    assert (found.mean, found.estimate) == (0.0, "+0")
+
+
 def test_a_distance_of_billions_of_standard_errors_is_not_spelt_out():
     def distance(spread):
         return judge([1.0, 1.0], [0.0, spread], unit="steps").sentence

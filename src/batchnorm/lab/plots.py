@@ -312,23 +312,11 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def by_layer(
-    series: Mapping[str, Rows],
-    *,
-    xlabel: str,
-    ylabel: str,
-    lines: Mapping[str, Sequence[float]] | None = None,
-) -> Figure:
-    """Draw a value by layer (log scale): the median over seeds, a bar from lowest to highest.
-
-    `lines` are what was predicted for series, dotted.
-    """
+def by_layer(series: Mapping[str, Rows], *, xlabel: str, ylabel: str) -> Figure:
+    """Draw a value by layer (log scale): the median over seeds, a bar from lowest to highest."""
     figure = Figure((WIDTH, 3.4))
     axes = figure.subplots()
     for side, (look, name, rows) in zip(SIDES, with_looks(series), strict=False):
-        if lines and name in lines:
-            along = range(1, len(lines[name]) + 1)
-            axes.plot(along, lines[name], color=INK, linestyle=":", linewidth=1)
         low, middle, high = summary(rows)
         # Side by side, or the bars of two series would hide each other.
         x = [layer + 0.04 * side for layer in range(1, len(middle) + 1)]

@@ -215,7 +215,7 @@ def figures(settings: ResidualSettings, runs: Runs) -> list[Picture]:
             "shares",
             "How much of the variance a branch adds",
             "See how far the normalized branches fall below the plain one, and whether along the "
-            f"dotted line, 1/(block + 1). {bands}",
+            f"thin black line, 1/(block + 1). {bands}",
             plots.curves(
                 {arm: (blocks, curves(runs, arm)) for arm in ARMS},
                 xlabel="block (log scale)",
