@@ -6,10 +6,10 @@ A quoted number is followed by a comment that says where it comes from, and whic
 
     27.5<!-- convergence-full | table/BatchNorm/steps to 90% -->
 
-A folder of docs/evidence, then a path through its findings: `table/ROW/COLUMN`, where ROW is how the
-row begins (cells joined by ", "); or keys and places, as in `also/0/verdict/mean`; then, for what is
-no text, a format. Of a cell "27.5 (20–35)" the first word is quoted. An outcome is quoted in the
-page's language.
+A folder of docs/evidence, then a path through its findings: `table/ROW/COLUMN`, where ROW is how
+the row begins (cells joined by ", "); or keys and places, as in `also/0/verdict/mean`; then, for
+what is no text, a format. Of a cell "27.5 (20–35)" the first word is quoted. An outcome is quoted
+in the page's language.
 """
 
 from __future__ import annotations
@@ -57,19 +57,17 @@ def quotes(page: Path) -> Iterator[Quote]:
 
 
 def said(source: str, *, chinese: bool = False) -> str:
-    """What the results say at a source.
-
-    >>> said("convergence-full | verdict/pairs_needed") # doctest: +SKIP
-    """
+    """What the results say at a source."""
     folder, path, *form = (part.strip() for part in source.split("|"))
     node: Any = _findings(folder)
-    head, *rest = path.split("/")
+    head, _, rest = path.partition("/")
     if head == "table":
-        row, column = rest
-        value: Any = _cell(node["table"], row, column)
+        value: Any = _cell(node["table"], *rest.split("/", 1))
     else:
         value = functools.reduce(
-            lambda at, key: at[int(key)] if isinstance(at, list) else at[key], [head, *rest], node
+            lambda at, key: at[int(key)] if isinstance(at, list) else at[key],
+            path.split("/"),
+            node,
         )
     if form:
         return format(value, form[0]).replace("-", "−")
