@@ -77,7 +77,9 @@ def said(source: str, *, chinese: bool = False) -> str:
 
 
 def _cell(table: dict[str, Any], row: str, column: str) -> str:
-    rows = [line for line in table["rows"] if f"{', '.join(line)}, ".startswith(f"{row}, ")]
+    rows = [line for line in table["rows"] if line[0] == row]
+    if len(rows) != 1:
+        rows = [line for line in table["rows"] if f"{', '.join(line)}, ".startswith(f"{row}, ")]
     if len(rows) != 1:
         raise LookupError(f"expected one row that begins {row!r}, got {len(rows)}")
     cell: str = rows[0][table["columns"].index(column)]
