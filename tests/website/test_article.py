@@ -38,6 +38,7 @@ def without_blocks(page):
 
 
 @each_page
+@pytest.mark.filterwarnings("ignore:var\\(\\). degrees of freedom")  # a fault of the sample
 def test_code_runs_and_prints_what_the_page_says(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
