@@ -9,14 +9,15 @@ OUT ?= batchnorm-lab/convergence
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
 
-# Every experiment, quick and full, with the pages made from them and the README's picture. Goes on
-# where it was stopped; hours on a small machine.
+# Every experiment, quick and full, with all that is made from them: pages, pictures, the numbers in
+# the article. Goes on where it was stopped; an hour on a small machine.
 evidence: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --all --out docs/evidence
 	$(BIN)/batchnorm lab run --all --profile full --out docs/evidence
 	$(BIN)/batchnorm lab report docs/evidence
 	$(BIN)/python benchmarks/lab_minutes.py docs/evidence
-	cp docs/evidence/convergence/figures/accuracy.svg docs/images/accuracy.svg
+	$(BIN)/python website/pictures.py
+	$(BIN)/python website/quoted.py --write
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,12 +1,12 @@
 """The article: its code runs, its numbers are the results', and both languages say the same."""
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+import quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTICLE = ROOT / "docs" / "article"
@@ -16,17 +16,6 @@ PAIRS = [(ARTICLE / "zh" / name, ARTICLE / "en" / name) for name in NAMES]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.name}")
 each_pair = pytest.mark.parametrize(("zh", "en"), PAIRS, ids=NAMES)
-
-
-@pytest.fixture(scope="module")
-def quoted():
-    spec = importlib.util.spec_from_file_location("quoted", ROOT / "website" / "quoted.py")
-    module = importlib.util.module_from_spec(spec)
-    patch = pytest.MonkeyPatch()
-    patch.setitem(sys.modules, "quoted", module)  # where dataclasses look
-    spec.loader.exec_module(module)
-    yield module
-    patch.undo()
 
 
 def blocks(page, language):
@@ -49,7 +38,7 @@ def test_code_runs_and_prints_what_the_page_says(page, capsys, tmp_path, monkeyp
 
 
 @each_page
-def test_numbers_are_those_of_the_results(page, quoted):
+def test_numbers_are_those_of_the_results(page):
     found = list(quoted.quotes(page))
     stale = [quote for quote in found if quote.text != quote.expected]
     assert not stale
@@ -108,7 +97,7 @@ def test_chinese_uses_its_own_punctuation():
         assert not slips, (page.name, slips)
 
 
-def test_a_stale_number_is_found_and_can_be_written_anew(quoted, tmp_path):
+def test_a_stale_number_is_found_and_can_be_written_anew(tmp_path):
     page = tmp_path / "zh" / "page.md"
     page.parent.mkdir()
     source = "convergence-full | table/BatchNorm/steps to 90%"
@@ -129,6 +118,6 @@ def test_a_stale_number_is_found_and_can_be_written_anew(quoted, tmp_path):
     ["convergence-full | table/nobody/steps to 90%", "convergence-full | verdict/nothing",
      "nowhere | verdict/outcome", "explosion-full | table/linear/theory"],
 )  # fmt: skip
-def test_a_source_that_is_not_there_is_an_error(quoted, source):
+def test_a_source_that_is_not_there_is_an_error(source):
     with pytest.raises((LookupError, OSError, ValueError)):
         quoted.said(source)
