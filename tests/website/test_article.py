@@ -97,6 +97,13 @@ def test_chinese_uses_its_own_punctuation():
         assert not slips, (page.name, slips)
 
 
+def test_chinese_paragraphs_are_lines():
+    """A line break within one would show as a space between two characters."""
+    for page in (ARTICLE / "zh").glob("*.md"):
+        breaks = re.findall(r"[一-鿿，。；：、]\n[一-鿿]", without_blocks(page))
+        assert not breaks, (page.name, breaks)
+
+
 def test_a_stale_number_is_found_and_can_be_written_anew(tmp_path):
     page = tmp_path / "zh" / "page.md"
     page.parent.mkdir()
