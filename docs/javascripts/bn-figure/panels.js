@@ -66,11 +66,11 @@
       );
     }
     if (deviation) {
-      const steps = Array.from({ length: 241 }, (_, index) => REACH * (index / 120 - 1));
-      const curve = steps.map((value) => [
-        at(value),
-        base + way * height(model.density(value, mean, deviation)),
-      ]);
+      const places = Array.from({ length: 241 }, (_, index) => REACH * (index / 120 - 1));
+      const curve = places
+        .map((value) => [value, height(model.density(value, mean, deviation))])
+        .filter(([, size]) => size > 0.5) // flatter, it would only thicken the base
+        .map(([value, size]) => [at(value), base + way * size]);
       group.append(svg("path", { class: "truth", d: path(curve) }));
     } else {
       group.append(line("truth", at(mean), base, at(mean), base + way * BARS));
@@ -128,16 +128,17 @@
     );
 
     const { size, offset, spread, beta, gamma } = settings;
-    const bars = (deviation) => model.barWidth(deviation, size);
+    const bars = (values, name, base, way, mean, deviation) =>
+      distribution(name, at, base, way, values, model.barWidth(deviation, size), mean, deviation);
     drawing.append(
-      distribution("input", at, ROWS.crossing, -1, input, bars(spread), offset, spread),
-      distribution("output", at, ROWS.output, 1, output, bars(result.deviation), beta, Math.abs(gamma)),
+      bars(input, "input", ROWS.crossing, -1, offset, spread),
+      bars(output, "output", ROWS.output, 1, beta, Math.abs(gamma)),
       line("base", 0, ROWS.crossing, width, ROWS.crossing),
       line("base", 0, ROWS.output, width, ROWS.output),
       text("name", 2, ROWS.input + 12, words.input, "start"),
       text("name", 2, ROWS.result - 18, words.output, "start"),
-      beyond(input, ROWS.crossing - 6, width, words),
-      beyond(output, ROWS.output + 14, width, words),
+      beyond(input, ROWS.input + 29, width, words),
+      beyond(output, ROWS.result - 35, width, words),
     );
 
     const statistics = [
@@ -148,7 +149,7 @@
       const x = clamp(at(which.mean), -1, width + 1);
       const look = `${name} ${used ? "used" : "idle"}`;
       drawing.append(
-        line(`mean ${look}`, x, y + 10, x, ROWS.crossing),
+        line(`mean ${look}`, x, ROWS.input - 4, x, ROWS.crossing),
         ruler(look, at, y + 10, which, labels[name === "batch" ? "own" : "running"], width),
       );
     }
@@ -159,7 +160,7 @@
   /** The running mean or variance after each update, with each update's batch, against the truth. */
   function track(name, settings, values, each, truth, width, words) {
     const height = 150;
-    const [left, right, top, bottom] = [36, width - 8, 12, height - 22];
+    const [left, right, top, bottom] = [36, width - 12, 12, height - 22];
     const { updates } = settings;
     const sorted = [...each].sort((first, second) => first - second);
     // The tails of the batches would squeeze the rest: their dots are held at the edge.

@@ -9,12 +9,16 @@
     return settings.size <= 8 ? "rough" : "whole";
   }
   if (settings.updates === 0) return "unstarted";
-  // About what the eye can tell: a tenth of a deviation, and an eighth in the deviation itself.
+  // About what the eye can tell: a tenth of a deviation, and as much in the deviation itself.
+  const [inMean, inVariance] = [0.1, 0.2];
   const close =
-    Math.abs(state.meanError) <= 0.1 && state.varianceRatio >= 0.8 && state.varianceRatio <= 1.25;
-  if (state.left > 0.05) {
-    if (close) return "lucky";
-    return state.left >= 0.5 ? "start" : "partly";
-  }
-  return close ? "settled" : "noisy";
+    Math.abs(state.meanError) <= inMean && Math.abs(state.varianceRatio - 1) <= inVariance;
+  if (close) return state.left > 0.05 ? "lucky" : "settled";
+  // The start's part in the errors: where it is less than half of what is allowed, noise did the rest.
+  const { left } = state;
+  const started =
+    (left * Math.abs(settings.offset)) / settings.spread > inMean / 2 ||
+    left * Math.abs(settings.spread ** -2 - 1) > inVariance / 2;
+  if (!started) return "noisy";
+  return left >= 0.5 ? "start" : "partly";
 };

@@ -7,11 +7,11 @@
 (globalThis.BNFigure ??= {}).texts = (() => {
   const en = {
     title: "Interactive figure: batch normalization of one channel",
-    groups: { data: "Data", layer: "Layer", time: "Time" },
+    groups: { data: "Data", layer: "Layer", time: "Training and evaluation" },
     controls: {
       size: ["Batch size", "m"],
-      offset: ["Offset of the data", "μ*"],
-      spread: ["Spread of the data", "σ*"],
+      offset: ["Offset", "μ*"],
+      spread: ["Spread", "σ*"],
       gamma: ["Scale", "γ"],
       beta: ["Shift", "β"],
       momentum: ["Momentum", "α"],
@@ -24,7 +24,8 @@
     legend: {
       batch: "the batch",
       running: "running statistics",
-      truth: "truth: N(μ*, σ*²), and as the target N(β, γ²)",
+      truth: "truth N(μ*, σ*²), target N(β, γ²)",
+      each: "batches of the updates",
     },
     input: "Input x",
     output: "Output y",
@@ -37,7 +38,7 @@
       `Histogram of the input, ${input}; below it, that of the output, ${output}. A line leads each value to its place.`,
     means: "Running mean",
     variances: "Running variance",
-    axis: "updates t",
+    by: (name) => `${name}, by updates t`,
     track: (name, updates, value, truth) => `${name} after ${updates} updates: ${value}; truth: ${truth}.`,
     numbers: {
       left: "Left of the start, (1 − α)ᵗ",
@@ -46,20 +47,20 @@
       result: "Output, mean ± deviation",
     },
     details: {
-      left: "of a mean of 0 and a variance of 1",
-      meanError: (value, truth) => `${value}; truth ${truth}`,
-      varianceRatio: (value, truth) => `${value}; truth ${truth}`,
+      left: "start: mean 0, variance 1",
+      meanError: (value, truth) => `${value} instead of ${truth}`,
+      varianceRatio: (value, truth) => `${value} instead of ${truth}`,
       result: (mean, deviation) => `target ${mean} ± ${deviation}`,
     },
-    note: "The batch shown is none of those that made the running statistics. Small dots: each update's batch. Its mean is in units of the data; what is stored of its variance is the unbiased one.",
+    note: "The batch shown is none of the batches of the updates. It is normalized by its biased variance (÷ m); the running variance takes in the unbiased ones (÷ (m − 1)).",
     reading: {
       flat: ({ beta }) => `γ is 0: every output is β = ${beta}, whatever comes in.`,
       pair: ({ high, low }) =>
         `Two values in training: one becomes ${high}, the other ${low}, however far apart they were. Only the sign is left.`,
       rough: ({ size, off }) =>
-        `${size} values make a rough mean, here ${off} σ* off the truth. The output does not show it: in training its mean is β and its deviation |γ|, always.`,
+        `${size} values make a rough mean, here ${off} σ* off the truth. The output does not show it: in training its mean is β and its standard deviation |γ|, always.`,
       whole: () =>
-        "In training the batch comes out with mean β and deviation |γ|, whatever its offset and spread. The running statistics take no part in it.",
+        "In training the batch comes out with mean β and standard deviation |γ|, whatever its offset and spread. The running statistics take no part in it.",
       unstarted: () =>
         "Evaluation before the first update: the running statistics are still 0 and 1, so nothing is normalized; y = γx + β.",
       start: ({ left }) =>
@@ -69,7 +70,7 @@
       lucky: ({ left }) =>
         `Of the start of 0 and 1, ${left} is left, and it does no harm: the running statistics are close to the truth all the same.`,
       noisy: ({ size, momentum }) =>
-        `The start is forgotten, but with batches of ${size} and a momentum of ${momentum} the running statistics average too few values: what is left is noise.`,
+        `With batches of ${size} and a momentum of ${momentum}, the running statistics average too few values. Their error is noise, and the output misses its target.`,
       settled: ({ size }) =>
         "The start is forgotten and the running statistics are close to the truth: evaluation comes near its target, for each value on its own." +
         (size === 2 ? " Training, on pairs, is another function." : ""),
@@ -78,11 +79,11 @@
 
   const zh = {
     title: "交互图：一个通道的批量归一化",
-    groups: { data: "数据", layer: "层", time: "时间" },
+    groups: { data: "数据", layer: "层", time: "训练与评估" },
     controls: {
       size: ["批次大小", "m"],
-      offset: ["数据的偏移", "μ*"],
-      spread: ["数据的离散程度", "σ*"],
+      offset: ["偏移", "μ*"],
+      spread: ["离散程度", "σ*"],
       gamma: ["缩放", "γ"],
       beta: ["平移", "β"],
       momentum: ["动量", "α"],
@@ -95,7 +96,8 @@
     legend: {
       batch: "当前批次",
       running: "运行统计量",
-      truth: "真值：N(μ*, σ*²)；对输出则是目标 N(β, γ²)",
+      truth: "真值 N(μ*, σ*²)，目标 N(β, γ²)",
+      each: "各次更新的批次",
     },
     input: "输入 x",
     output: "输出 y",
@@ -108,7 +110,7 @@
       `输入的直方图，${input}；下面是输出的直方图，${output}。每个值由一条线连到它的新位置。`,
     means: "运行均值",
     variances: "运行方差",
-    axis: "更新次数 t",
+    by: (name) => `${name}（按更新次数 t）`,
     track: (name, updates, value, truth) => `更新 ${updates} 次后的${name}：${value}；真值：${truth}。`,
     numbers: {
       left: "起始值还剩 (1 − α)ᵗ",
@@ -118,11 +120,11 @@
     },
     details: {
       left: "起始值：均值 0，方差 1",
-      meanError: (value, truth) => `${value}；真值 ${truth}`,
-      varianceRatio: (value, truth) => `${value}；真值 ${truth}`,
+      meanError: (value, truth) => `${value}，真值 ${truth}`,
+      varianceRatio: (value, truth) => `${value}，真值 ${truth}`,
       result: (mean, deviation) => `目标 ${mean} ± ${deviation}`,
     },
-    note: "图中的批次没有参与运行统计量的更新。小点：每次更新所用的那个批次的均值与无偏方差。",
+    note: "当前批次不在各次更新的批次之中。归一化用它的有偏方差（÷ m）；进入运行方差的是无偏方差（÷ (m − 1)）。",
     reading: {
       flat: ({ beta }) => `γ 为 0：无论输入是什么，输出都是 β = ${beta}。`,
       pair: ({ high, low }) =>
@@ -140,7 +142,7 @@
       lucky: ({ left }) =>
         `起始的 0 和 1 还占 ${left}，但没有妨碍：运行统计量仍然接近真值。`,
       noisy: ({ size, momentum }) =>
-        `起始值已被忘掉；但批次只有 ${size}、动量为 ${momentum} 时，运行统计量所平均的值太少，剩下的误差是噪声。`,
+        `批次大小为 ${size}、动量为 ${momentum} 时，运行统计量所平均的值太少：误差是噪声，输出偏离了目标。`,
       settled: ({ size }) =>
         "起始值已被忘掉，运行统计量接近真值：评估的输出接近目标，而且每个值都与同批的其他值无关。" +
         (size === 2 ? "训练模式下只看两个值，是另一个函数。" : ""),

@@ -5,9 +5,18 @@
   const { chart, model, panels, reading, texts } = globalThis.BNFigure;
   const { html, svg, number } = chart;
 
-  // The data and the layer of the chapter's example.
+  // The data and the layer of the chapter's example. In this sample the first two values, all that
+  // is left of a batch of 2, lie well apart.
   const START = {
-    size: 64, offset: 5, spread: 2, gamma: 1, beta: 0, momentum: 0.1, updates: 10, mode: "train", seed: 1,
+    size: 64,
+    offset: 5,
+    spread: 2,
+    gamma: 1,
+    beta: 0,
+    momentum: 0.1,
+    updates: 10,
+    mode: "train",
+    seed: 7,
   };
 
   const range = (first, last, step) =>
@@ -26,7 +35,7 @@
     updates: ["time", range(0, model.MOST_UPDATES, 1), 0],
   };
 
-  const percent = (share) => `${number(100 * share, 1)} %`;
+  const percent = (share) => `${number(100 * share, 1)}%`;
 
   function slider(name, words, settings, changed) {
     const [, values, digits] = SLIDERS[name];
@@ -74,25 +83,27 @@
     const samples = {
       batch: svg("rect", { class: "bar", x: 3, y: 1, width: 16, height: 10 }),
       running: svg("path", { class: "running", d: "M0 6H22" }),
-      truth: svg("path", { class: "truth", d: "M0 6H22" }),
+      truth: svg("path", { class: "truth", d: "M1 6H22" }),
+      each: svg("path", { class: "each", d: chart.dots([[5, 8], [11, 4], [17, 7]]) }),
     };
     const items = Object.entries(samples).map(([name, sample]) =>
       html(
-        "li",
-        {},
+        "span",
+        { class: "item" },
         svg("svg", { width: 22, height: 12, "aria-hidden": "true" }, sample),
-        html("span", {}, words.legend[name]),
+        words.legend[name],
       ),
     );
-    return html("ul", { class: "legend" }, ...items);
+    return html("div", { class: "legend" }, ...items);
   }
 
   /** The four numbers: what each is, and how to print it. */
   function numbers(words) {
     const cells = Object.entries(words.numbers).map(([name, label]) => {
-      const value = html("dd", { class: "number", "data-number": name });
-      const detail = html("dd", { class: "detail" });
-      const element = html("div", { "aria-atomic": "true" }, html("dt", {}, label), value, detail);
+      const value = html("div", { class: "number", "data-number": name });
+      const detail = html("div", { class: "detail" });
+      const caption = html("div", { class: "detail" }, label);
+      const element = html("div", { "aria-atomic": "true" }, caption, value, detail);
       return { name, value, detail, element };
     });
     const show = (settings, state) => {
@@ -118,7 +129,12 @@
         [value.textContent, detail.textContent] = contents[name];
       }
     };
-    return { element: html("dl", {}, ...cells.map(({ element }) => element)), show };
+    const element = html(
+      "div",
+      { class: "numbers", role: "status", "aria-atomic": "false" },
+      ...cells.map((cell) => cell.element),
+    );
+    return { element, show };
   }
 
   function sentence(words, settings, state) {
@@ -166,19 +182,19 @@
       ),
     );
 
-    const said = html("p", { class: "reading", "aria-atomic": "true" });
+    const said = html("div", { class: "reading", role: "status" });
     const table = numbers(words);
     const frames = {
       flow: html("div", { class: "frame" }),
       mean: html("div", { class: "frame" }),
       variance: html("div", { class: "frame" }),
     };
-    const titled = (title, frame) => html("div", {}, html("p", { class: "title" }, title), frame);
+    const titled = (title, frame) => html("div", {}, html("div", { class: "title" }, words.by(title)), frame);
     const body = html(
       "div",
       { class: "body", role: "group", "aria-label": words.title },
       html("form", { class: "controls" }, ...groups),
-      html("div", { role: "status" }, said),
+      said,
       legend(words),
       html(
         "div",
@@ -191,8 +207,8 @@
           titled(words.variances, frames.variance),
         ),
       ),
-      html("div", { role: "status" }, table.element),
-      html("p", { class: "note" }, words.note),
+      table.element,
+      html("div", { class: "note" }, words.note),
     );
     place.replaceChildren(body);
 
@@ -233,10 +249,10 @@
     }
   }
 
-  // Material for MkDocs tells of each page it shows; without it, there is one page.
-  if (globalThis.document$) globalThis.document$.subscribe(start);
-  else if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
+  // Material for MkDocs tells of each page that it shows without loading it anew.
+  globalThis.document$?.subscribe(start);
 
   return { START, SLIDERS, start };
 })();
