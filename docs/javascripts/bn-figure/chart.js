@@ -1,5 +1,5 @@
-// The interactive figure of chapter 4. Plain scripts, as a browser loads no modules from file://, that
-// share one object, BNFigure. Order, that of the names:
+// The interactive figure of chapter 4. Plain scripts, for a browser loads no modules from file://.
+// They share one object, BNFigure, and are loaded in the order of their names:
 //   chart.js, model.js, panels.js, reading.js, texts.js, widget.js
 "use strict";
 

@@ -10,7 +10,7 @@
   function uniforms(seed) {
     let counter = seed;
     return () => {
-      counter = (counter + 0x9e3779b9) | 0; // 2³² ÷ the golden ratio: neighbouring seeds end far apart
+      counter = (counter + 0x9e3779b9) | 0; // 2³² ÷ the golden ratio: seeds end far apart
       let bits = counter;
       bits = Math.imul(bits ^ (bits >>> 16), 0x85ebca6b);
       bits = Math.imul(bits ^ (bits >>> 13), 0xc2b2ae35);

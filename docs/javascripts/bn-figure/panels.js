@@ -1,6 +1,6 @@
 "use strict";
 
-/** The three drawings: each takes what model.run gave and returns an SVG of this width in pixels. */
+/** The drawings, each an SVG of a width in pixels, of what model.run gave. */
 (globalThis.BNFigure ??= {}).panels = (() => {
   const { chart, model } = globalThis.BNFigure;
   const { svg, scale, clamp, ticks, path, dots, number } = chart;
@@ -9,13 +9,22 @@
   const REACH = 12;
 
   /** Heights of the first drawing, from its top. */
-  const ROWS = { own: 12, running: 40, input: 62, crossing: 160, output: 222, result: 338, end: 376 };
+  const ROWS = {
+    own: 12,
+    running: 40,
+    input: 62,
+    crossing: 160,
+    output: 222,
+    result: 338,
+    end: 376,
+  };
   const BARS = ROWS.crossing - ROWS.input - 4;
 
   const text = (name, x, y, content, anchor = "middle") =>
     svg("text", { class: name, x: x.toFixed(1), y, "text-anchor": anchor }, content);
 
-  const line = (name, x1, y1, x2, y2) => svg("path", { class: name, d: path([[x1, y1], [x2, y2]]) });
+  const line = (name, ...ends) =>
+    svg("path", { class: name, d: path([ends.slice(0, 2), ends.slice(2)]) });
 
   /** Text over `x`, but within the drawing. Sizes are estimated: Chinese characters are square. */
   function held(name, x, y, content, width) {
@@ -28,10 +37,9 @@
     const [low, middle, high] = [mean - deviation, mean, mean + deviation].map((value) =>
       clamp(at(value), -1, width + 1),
     );
-    const mark =
-      name.includes("running")
-        ? svg("circle", { cx: middle, cy: y, r: 3.5 })
-        : svg("rect", { x: middle - 3.5, y: y - 3.5, width: 7, height: 7 });
+    const mark = name.includes("running")
+      ? svg("circle", { cx: middle, cy: y, r: 3.5 })
+      : svg("rect", { x: middle - 3.5, y: y - 3.5, width: 7, height: 7 });
     return svg(
       "g",
       { class: `ruler ${name}` },
@@ -88,7 +96,7 @@
     return group;
   }
 
-  /** Input above, output below, on one axis, and the way of each value from the one to the other. */
+  /** Input above, output below, on one axis, and the way of each value from one to the other. */
   function flow(settings, state, width, words) {
     const at = scale(-REACH, REACH, 10, width - 10);
     const { input, output, own, running, result } = state;
@@ -157,8 +165,8 @@
     return drawing;
   }
 
-  /** The running mean or variance after each update, with each update's batch, against the truth. */
-  function track(name, settings, values, each, truth, width, words) {
+  /** The running mean or variance after each update, each update's batch, and the truth. */
+  function track(name, settings, { values, each, truth }, width, words) {
     const height = 150;
     const [left, right, top, bottom] = [36, width - 12, 12, height - 22];
     const { updates } = settings;

@@ -14,7 +14,7 @@
   const close =
     Math.abs(state.meanError) <= inMean && Math.abs(state.varianceRatio - 1) <= inVariance;
   if (close) return state.left > 0.05 ? "lucky" : "settled";
-  // The start's part in the errors: where it is less than half of what is allowed, noise did the rest.
+  // The start's part in the errors: where it is less than half of what is close, noise did it.
   const { left } = state;
   const started =
     (left * Math.abs(settings.offset)) / settings.spread > inMean / 2 ||

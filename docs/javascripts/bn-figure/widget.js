@@ -1,6 +1,6 @@
 "use strict";
 
-/** Controls, drawings and words joined; every `<div class="bn-figure">` of a page becomes a figure. */
+/** Controls, drawings and words joined; each `<div class="bn-figure">` becomes a figure. */
 (globalThis.BNFigure ??= {}).widget = (() => {
   const { chart, model, panels, reading, texts } = globalThis.BNFigure;
   const { html, svg, number } = chart;
@@ -157,13 +157,12 @@
     figures += 1;
     const words = texts[place.dataset.lang] ?? texts.en;
     const settings = { ...START };
-    const changed = () => update();
 
     const controls = Object.keys(SLIDERS).map((name) => ({
       group: SLIDERS[name][0],
-      ...slider(name, words, settings, changed),
+      ...slider(name, words, settings, update),
     }));
-    controls.push({ group: "time", ...modes(words, settings, `bn-mode-${figures}`, changed) });
+    controls.push({ group: "time", ...modes(words, settings, `bn-mode-${figures}`, update) });
     const again = button(words.again, () => {
       settings.seed += 1;
       update();
@@ -189,11 +188,12 @@
       mean: html("div", { class: "frame" }),
       variance: html("div", { class: "frame" }),
     };
-    const titled = (title, frame) => html("div", {}, html("div", { class: "title" }, words.by(title)), frame);
+    const titled = (name, frame) =>
+      html("div", {}, html("div", { class: "title" }, words.by(name)), frame);
     const body = html(
       "div",
       { class: "body", role: "group", "aria-label": words.title },
-      html("form", { class: "controls" }, ...groups),
+      html("div", { class: "controls" }, ...groups),
       said,
       legend(words),
       html(
@@ -214,29 +214,31 @@
 
     let state;
     const draw = () => {
-      const { offset, spread } = settings;
       const { steps, means, variances } = state;
+      const track = (title, values, each, truth) => (width) =>
+        panels.track(title, settings, { values, each, truth }, width, words);
       const pictures = {
         flow: (width) => panels.flow(settings, state, width, words),
-        mean: (width) =>
-          panels.track(words.means, settings, means, steps.map(({ mean }) => mean), offset, width, words),
-        variance: (width) =>
-          panels.track(
-            words.variances, settings, variances, steps.map(({ variance }) => variance), spread ** 2, width, words,
-          ),
+        mean: track(words.means, means, steps.map(({ mean }) => mean), settings.offset),
+        variance: track(
+          words.variances,
+          variances,
+          steps.map(({ variance }) => variance),
+          settings.spread ** 2,
+        ),
       };
       for (const name in frames) {
         const width = Math.floor(frames[name].clientWidth);
-        if (width) frames[name].replaceChildren(pictures[name](width));
+        if (width) frames[name].replaceChildren(pictures[name](width)); // none while it is hidden
       }
     };
-    const update = () => {
+    function update() {
       state = model.run(settings);
       for (const control of controls) control.show();
       said.textContent = sentence(words, settings, state);
       table.show(settings, state);
       draw();
-    };
+    }
     update();
     new ResizeObserver(draw).observe(body);
   }
