@@ -6,11 +6,18 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCRIPTS = sorted((DOCS / "javascripts" / "bn-figure").glob("*.js"))
 STYLE = DOCS / "stylesheets" / "bn-figure.css"
 
+#: How a figure begins; a test holds the page to it.
+START = {
+    "size": 64, "offset": 5, "spread": 2, "gamma": 1, "beta": 0, "momentum": 0.1, "updates": 10,
+    "mode": "train", "seed": 7,
+}  # fmt: skip
+
 #: Moves a slider of the page's figure to a value, as a hand would.
 SLIDE = """([figure, name, value]) => {
     const input = document.querySelectorAll('.bn-figure')[figure].querySelector(`[name=${name}]`);
-    input.value = BNFigure.widget.SLIDERS[name][1].indexOf(value);
-    if (input.value < 0) throw Error(`${name} has no ${value}`);
+    const index = BNFigure.widget.SLIDERS[name][1].indexOf(value);
+    if (index < 0) throw Error(`${name} has no ${value}`);
+    input.value = index;
     input.dispatchEvent(new Event('input'));
 }"""
 
@@ -36,12 +43,6 @@ def slide(page, name, value, figure=0):
 
 def choose(page, mode):
     page.locator(f".bn-figure input[value={mode}]").first.check(force=True)
-
-
-START = {
-    "size": 64, "offset": 5, "spread": 2, "gamma": 1, "beta": 0, "momentum": 0.1, "updates": 10,
-    "mode": "train", "seed": 7,
-}  # fmt: skip
 
 
 def run(page, **settings):

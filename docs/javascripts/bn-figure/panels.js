@@ -57,7 +57,8 @@
       ([place]) => Math.abs(place * width) <= REACH,
     );
     const peak = deviation ? model.density(mean, mean, deviation) : 0;
-    const tallest = Math.max(peak, ...bars.map(([, share]) => share));
+    // While no bar is taller than this, the curve keeps its height, and the eye has a measure.
+    const tallest = Math.max(1.6 * peak, ...bars.map(([, share]) => share));
     const height = scale(0, tallest, 0, BARS);
     const group = svg("g", { class: name });
     for (const [place, share] of bars) {
@@ -206,7 +207,7 @@
       svg("path", { class: "running future", d: path(points.slice(updates)) }),
       svg("path", { class: "running", d: path(points.slice(0, updates + 1)) }),
       line("now", x(updates), top, x(updates), bottom),
-      svg("circle", { class: "running", cx: x(updates), cy: y(value), r: 4.5 }),
+      svg("circle", { class: "running", cx: x(updates), cy: y(value).toFixed(2), r: 4.5 }),
       text(
         "value",
         x(updates) + (leftwards ? -8 : 8),
