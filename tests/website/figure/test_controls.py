@@ -81,9 +81,11 @@ def test_a_slider_moves_what_it_is_for(figure, name, value, mode, expected):
 def test_the_mode_changes_the_output_and_what_is_in_use(figure):
     assert moved(figure, lambda: choose(figure, "eval")) == AFTER
     assert figure.locator(".ruler.running.used, .ruler.batch.idle").count() == 2
-    assert "in use" in figure.locator(".ruler.running .label").text_content()
+    labels = figure.locator(".ruler .label")
+    assert ["in use" in label for label in labels.all_text_contents()] == [False, True, False]
     assert moved(figure, lambda: choose(figure, "train")) == AFTER
     assert figure.locator(".ruler.running.idle, .ruler.batch.idle").count() == 1
+    assert ["in use" in label for label in labels.all_text_contents()] == [True, False, False]
 
 
 def test_a_new_sample_moves_the_data_and_reset_brings_all_back(figure):

@@ -18,6 +18,11 @@ SHOWN = [
     ("unstarted", {"mode": "eval", "updates": 0}),
     ("start", {"mode": "eval", "updates": 6}),
     ("partly", {"mode": "eval", "updates": 10}),
+    (
+        "partly",
+        {"mode": "eval", "updates": 10, "spread": 1},
+    ),  # the variance never was wrong
+    ("partly", {"mode": "eval", "updates": 10, "offset": 0}),  # nor the mean
     ("settled", {"mode": "eval", "updates": 40}),
     ("settled", {"mode": "eval", "updates": 100, "gamma": -2, "beta": 3}),
     ("lucky", {"mode": "eval", "updates": 3, "offset": 0, "spread": 1}),
