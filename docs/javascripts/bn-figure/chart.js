@@ -32,7 +32,8 @@
     const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
     const first = Math.ceil(low / step);
     const last = Math.floor(high / step);
-    return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
+    const rounded = (value) => Number(value.toPrecision(6)); // 3 × 0.2 is 0.6 and no more
+    return Array.from({ length: last - first + 1 }, (_, index) => rounded((first + index) * step));
   }
 
   const path = (points) =>
@@ -42,11 +43,13 @@
   const dots = (points) =>
     points.map(([x, y]) => `M${x.toFixed(2)} ${y.toFixed(2)}h0`).join("");
 
+  const signed = (text) => text.replaceAll("-", "−");
+
   /** A number as the figure prints it: with a minus sign, and without one before zero. */
   function number(value, digits = 2) {
     const text = Math.abs(value) < 1e4 ? value.toFixed(digits) : value.toExponential(1);
-    return /[1-9]/.test(text) ? text.replaceAll("-", "−") : text.replace("-", "");
+    return /[1-9]/.test(text) ? signed(text) : text.replace("-", "");
   }
 
-  return { html, svg, scale, clamp, ticks, path, dots, number };
+  return { html, svg, scale, clamp, ticks, path, dots, signed, number };
 })();

@@ -3,7 +3,7 @@
 /** The drawings, each an SVG of a width in pixels, of what model.run gave. */
 (globalThis.BNFigure ??= {}).panels = (() => {
   const { chart, model } = globalThis.BNFigure;
-  const { svg, scale, clamp, ticks, path, dots, number } = chart;
+  const { svg, scale, clamp, ticks, path, dots, signed, number } = chart;
 
   // Holds the data's mean, −6…6, and two of its largest deviations, 3.
   const REACH = 12;
@@ -119,7 +119,7 @@
     for (const value of ticks(-REACH, REACH, width < 300 ? 4 : 6)) {
       drawing.append(
         line("grid", at(value), ROWS.input, at(value), ROWS.result - 14),
-        text("tick", at(value), ROWS.end - 4, number(value, 0)),
+        text("tick", at(value), ROWS.end - 4, signed(`${value}`)),
       );
     }
 
@@ -169,7 +169,7 @@
   /** The running mean or variance after each update, each update's batch, and the truth. */
   function track(name, settings, { values, each, truth }, width, words) {
     const height = 150;
-    const [left, right, top, bottom] = [36, width - 12, 12, height - 22];
+    const [left, right, top, bottom] = [40, width - 12, 12, height - 22];
     const { updates } = settings;
     const sorted = [...each].sort((first, second) => first - second);
     // The tails of the batches would squeeze the rest: their dots are held at the edge.
@@ -190,14 +190,14 @@
       height,
       "aria-label": words.track(name, updates, number(value), number(truth)),
     });
-    for (const tick of ticks(low - margin, high + margin, 4)) {
+    for (const tick of ticks(low - margin, high + margin, 6)) {
       drawing.append(
         line("grid", left, y(tick), right, y(tick)),
-        text("tick", left - 6, y(tick) + 4, number(tick, Number.isInteger(tick) ? 0 : 1), "end"),
+        text("tick", left - 6, y(tick) + 4, signed(`${tick}`), "end"),
       );
     }
     for (const tick of ticks(0, model.MOST_UPDATES, 5)) {
-      drawing.append(text("tick", x(tick), height - 6, number(tick, 0)));
+      drawing.append(text("tick", x(tick), height - 6, `${tick}`));
     }
     const leftwards = updates > model.MOST_UPDATES / 2;
     drawing.append(

@@ -121,4 +121,24 @@ def test_each_value_is_led_to_its_place(page):
 )
 def test_ticks_are_round(page, low, high, count, expected):
     found = page.evaluate("given => BNFigure.chart.ticks(...given)", [low, high, count])
-    assert found == pytest.approx(expected)
+    assert found == expected
+
+
+def test_each_tick_stands_at_its_number(page):
+    for name, value in {"offset": 0, "spread": 0.5, "size": 256, "updates": 100}.items():
+        slide(page, name, value)
+    track = page.locator(".track").first
+    path = track.locator("path.running").last.get_attribute("d")
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)]
+    means = run(page, offset=0, spread=0.5, size=256)["means"]
+    low, high = means.index(min(means)), means.index(max(means))
+    unit = (heights[high] - heights[low]) / (means[high] - means[low])
+    ticks = track.locator(".tick[text-anchor=end]")
+    numbers = [float(text.replace("−", "-")) for text in ticks.all_text_contents()]
+    assert len(numbers) >= 4
+    assert 0 in numbers
+    for number, tick in zip(numbers, ticks.all(), strict=True):
+        stands = heights[low] + unit * (number - means[low])
+        # The text's line is four pixels below its middle.
+        assert float(tick.get_attribute("y")) - 4 == pytest.approx(stands, abs=0.2)
+    page.get_by_role("button", name="Reset").click()

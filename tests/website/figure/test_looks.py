@@ -98,6 +98,7 @@ def test_nothing_is_cut_or_wider_than_the_page(opened, language, width):
         {"offset": 6, "spread": 3, "gamma": -2, "beta": -3, "updates": 0},
         {"offset": -6, "spread": 3, "gamma": 2, "beta": 3, "updates": 100, "size": 2},
         {"momentum": 1, "size": 2, "spread": 0.5, "updates": 50},
+        {"offset": 0, "size": 256, "spread": 0.5, "momentum": 0.01},
     ]
     for mode in ("train", "eval"):
         choose(page, mode)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from figure_page import DOCS, START, run
+from figure_page import DOCS, START, choose, run, slide
 
 # What the settings show, in the figure's first sample.
 SHOWN = [
@@ -68,6 +68,33 @@ def test_a_pair_of_equal_values_is_not_said_to_keep_its_sign(page):
 def test_a_pair_comes_out_as_what_the_sentence_says(page):
     output = run(page, size=2, gamma=1.5, beta=0.5)["output"]
     assert sorted(output) == pytest.approx([-1, 2], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"size": 2, "gamma": -1.5, "beta": 0.5}, ["becomes 2.00,", "other −1.00,"]),
+        ({"gamma": 0, "beta": -0.25}, ["β = −0.25"]),
+        ({"updates": 10}, ["Of the start of 0 and 1, 34.9%"]),
+        ({"updates": 50, "size": 2}, ["batches of 2", "momentum of 0.1,"]),
+    ],
+    ids=str,
+)
+def test_the_sentence_has_the_numbers_of_the_figure(page, settings, parts):
+    choose(page, "eval" if "updates" in settings else "train")
+    for name, value in settings.items():
+        slide(page, name, value)
+    said = page.locator(".reading").inner_text()
+    page.get_by_role("button", name="Reset").click()
+    assert all(part in said for part in parts), said
+
+
+def test_a_rough_mean_is_said_to_be_as_far_off_as_it_is(page):
+    slide(page, "size", 4)
+    said = page.locator(".reading").inner_text()
+    page.get_by_role("button", name="Reset").click()
+    off = abs(run(page, size=4)["own"]["mean"] - 5) / 2
+    assert said.startswith(f"4 values make a rough mean, here {off:.2f} σ* off the truth.")
 
 
 def test_what_the_chapter_says_to_try_is_seen(page):
