@@ -1,0 +1,121 @@
+"""Exercise 5: the variance of data that are far from zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from batchnorm.exercises.answer import Answer
+from batchnorm.exercises.compare import Mistake, draw, hinted, pick, same
+from batchnorm.exercises.e01_forward import UNBIASED
+from batchnorm.exercises.exercise import Check, Exercise, Text, Wrong
+
+#: A mean in float32 is off by up to half a step, which is 1/32 at a million: squared, 0.1% of a
+#: variance of 1. What E[x²] − E[x]² is off by is thousands of times the variance.
+ENOUGH = 0.01
+
+_CANCELLED = Text(
+    "E[x²] − E[x]² 会这样：x² 在 {square} 附近，{dtype} 只留 {digits} 位，相减之后全是舍入误差。"
+    "先减去均值再平方。",
+    "So does E[x²] − E[x]²: x² is near {square}, of which {dtype} keeps {digits} digits, and the "
+    "difference is all rounding. Subtract the mean first, then square.",
+)
+_NEGATIVE = Text(
+    "方差不会是负的。这是 E[x²] − E[x]² 的舍入误差：先减去均值再平方。",
+    "A variance is never negative. This is the rounding of E[x²] − E[x]²: subtract the mean first, "
+    "then square.",
+)
+_STANDARD = Text(
+    "这是标准差。要的是方差。", "This is the standard deviation. The variance is wanted."
+)
+_WHOLE = Text("每个通道要有自己的方差：dim=0。", "Each channel has its own variance: dim=0.")
+_DIGITS = {torch.float32: 7, torch.float64: 16}
+
+
+def _compare(found: Any, x: Tensor) -> None:
+    # Around a row, which is exact: far from zero the mean of float64 is rounded, too.
+    near = x.double() - x[:1].double()
+    biased = near.var(0, correction=0)
+    mistakes = (
+        Mistake(near.var(0), UNBIASED),
+        Mistake(biased.sqrt(), _STANDARD),
+        Mistake(near.var(correction=0), _WHOLE),
+    )
+    same(found, biased, "σ²", mistakes, dtype=x.dtype, tolerance=ENOUGH)
+
+
+def _near(answer: Answer, random: Generator) -> None:
+    x = draw(random, pick(random, 5, 9), pick(random, 2, 4))
+    _compare(answer.call("variance", x), x)
+
+
+def _offset(answer: Answer, random: Generator, offset: float, dtype: torch.dtype) -> None:
+    x = (draw(random, pick(random, 60, 90), 3, dtype=torch.float64) + offset).to(dtype)
+    found = answer.call("variance", x)
+    name = str(dtype).removeprefix("torch.")
+    with hinted(_CANCELLED.filled(square=f"{offset**2:.0e}", dtype=name, digits=_DIGITS[dtype])):
+        _compare(found, x)
+
+
+def _million(answer: Answer, random: Generator) -> None:
+    _offset(answer, random, 1e6, torch.float32)
+
+
+def _billion(answer: Answer, random: Generator) -> None:
+    _offset(answer, random, 1e9, torch.float64)
+
+
+def _constant(answer: Answer, random: Generator) -> None:
+    value = 1000 + float(torch.rand((), generator=random))
+    x = torch.full((pick(random, 30, 60), 2), value, dtype=torch.float32)
+    found = answer.call("variance", x)
+    if isinstance(found, Tensor) and bool((found < 0).any()):
+        raise Wrong(Text.of("σ² ≥ 0"), Text.of(f"{float(found.min()):.6g}"), _NEGATIVE)
+    same(found, torch.zeros(2, dtype=torch.float64), "σ²", tolerance=ENOUGH)
+
+
+EXERCISE = Exercise(
+    number=5,
+    title=Text("远离零的方差", "A variance far from zero"),
+    chapter="09-implementation.md",
+    task=Text(
+        """
+求 `x`（形状 (N, C)）每个通道的有偏方差，类型与 `x` 相同。标准差大约是 1，均值却可能是一百万（float32）或十亿（float64）；误差不超过 1%。
+
+有一个只读一遍数据的公式，E[x²] − E[x]²。它在纸上是对的；试一试它。不要调用 `torch.var`。
+""",  # noqa: E501 (a line break would show as a space)
+        """
+Take the biased variance of each channel of `x`, of the shape (N, C), in the dtype of `x`. The
+standard deviation is about 1, but the mean may be a million (float32) or a billion (float64); be
+right to 1%.
+
+There is a formula that reads the data once, E[x²] − E[x]². On paper it is right; try it. Do not
+call `torch.var`.
+""",
+    ),
+    names=("variance",),
+    summary=Text("每个通道的有偏方差。", "The biased variance of each channel."),
+    start='''import torch
+
+
+def variance(x):
+    """{summary}"""
+    raise NotImplementedError
+''',
+    checks=(
+        Check(Text("零附近的数据", "data near zero"), _near),
+        Check(Text("均值一百万，float32", "a mean of a million, float32"), _million),
+        Check(Text("均值十亿，float64", "a mean of a billion, float64"), _billion),
+        Check(Text("常数，方差为零", "constants, with no variance"), _constant),
+    ),
+    solution="""import torch
+
+
+def variance(x):
+    centred = x - x.mean(0)
+    # The mean is rounded, so what is left has a small mean of its own.
+    return torch.square(centred - centred.mean(0)).mean(0)
+""",
+)
