@@ -46,9 +46,10 @@ def grade(exercise: Exercise, path: Path, seed: int) -> list[Outcome]:
         ArgumentError: there is no such file.
     """
     if not path.is_file():
+        what = "a directory" if path.is_dir() else "there is no such file"
         raise ArgumentError(
-            f"expected a Python file to check, got {path}: there is no such file; "
-            f"`batchnorm exercise {exercise.number} --start {path}` writes one to start from"
+            f"expected a Python file to check, got {path}: {what}; "
+            f"`batchnorm exercise {exercise.number} --start my.py` writes one to start from"
         )
     with _watched() as printed:
         try:
