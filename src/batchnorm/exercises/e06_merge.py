@@ -29,7 +29,7 @@ _FAR = Text(
     "With a mean of a billion, the rounding of n·μ² is hundreds. Use d = μ_b − μ_a: subtract "
     "first, then square.",
 )
-_COUNT = Text("n = {count}", "n = {count}")
+_COUNT_IS = Text("n = {count}", "n = {count}")
 
 
 def _of(x: Tensor) -> Triple:
@@ -55,7 +55,7 @@ def _compare(answer: Answer, x: Tensor, y: Tensor) -> None:
 def _same(found: tuple[object, ...], a: Triple, b: Triple, expected: Triple) -> None:
     count, mean, m2 = found
     if not isinstance(count, (int, float, Tensor)) or count != expected[0]:
-        raise Wrong(_COUNT.filled(count=expected[0]), Text.of(count))
+        raise Wrong(_COUNT_IS.filled(count=expected[0]), Text.of(count))
     nothing = torch.full_like(expected[1], torch.nan)
     square = (b[1] - a[1]).square()
     same(

@@ -20,7 +20,7 @@ _DROPPED = Text(
 )
 _STRIDED = Text(
     "这是隔着取的组。一组是相邻的 size 个样本：x[:size]、x[size : 2 * size]……",
-    "These groups take every so-manieth sample. A group is size samples next to each other: "
+    "These groups take samples that are apart. A group is size samples next to each other: "
     "x[:size], x[size : 2 * size] …",
 )
 _EVEN = Text(

@@ -119,7 +119,9 @@ def _gradient(answer: Answer, random: Generator) -> None:
     (found,) = torch.autograd.grad(total, x)
     expected = expected.transpose(1, 2)
     rotten = expected.masked_fill(~mask[:, None], torch.nan)
-    same(found, expected, "dx", [Mistake(rotten, _NAN_GRADIENT)])
+    everywhere = torch.full_like(expected, torch.nan)
+    spread = (Mistake(value, _NAN_GRADIENT) for value in (rotten, everywhere))
+    same(found, expected, "dx", spread)
 
 
 EXERCISE = Exercise(

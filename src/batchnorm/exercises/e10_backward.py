@@ -27,9 +27,7 @@ _NO_VARIANCE = Text(
 )
 _NO_GAMMA = Text("dx 里少了 γ。", "γ is missing in dx.")
 _NO_SCALE = Text("dx 没有除以 s = √(σ² + ε)。", "dx was not divided by s = √(σ² + ε).")
-_SUMS = Text(
-    "括号里是平均，不是求和：除以 m。", "In the brackets are means, not sums: divide by m."
-)
+_SUMS = Text("括号里是平均，不是求和：除以 m。", "The brackets hold means, not sums: divide by m.")
 _UNBIASED = Text(
     "这是无偏方差的结果。前向用的是有偏方差。",
     "This is with the unbiased variance. The forward pass uses the biased one.",
