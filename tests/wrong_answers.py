@@ -1,4 +1,4 @@
-"""Usual wrong answers: a solution with a piece replaced, and what the hint to it says.
+"""Usual wrong answers: a solution with a piece replaced, and what the hint to it says; or None.
 
 Each is refused for every data; a test holds that every hint of every exercise is here.
 """
@@ -475,4 +475,15 @@ def backward(dy, x, gamma, eps=1e-5):
         "sums, not means",
         made(10, ("(dy * x_hat).sum(0), dy.sum(0)", "(dy * x_hat).mean(0), dy.mean(0)")),
     ),
+    (3, None, made(3, ("if axis != 1]", "if axis == 0]"))),
+    (4, None, made(4, ("weight * rows", "weight * scale[:, None]"))),
+    (4, None, made(4, ("    if bias is None:\n        bias = torch.zeros_like(mean)\n", ""))),
+    (6, None, made(6, ("a[2] +", "a[2] / (a[0] - 1) * (a[0] - 1) +"))),
+    (8, None, made(8, ("axis for axis in range(x.dim()) if axis != 1", "0"))),
+    (
+        8,
+        None,
+        made(8, ("[normalized(group) for", "[x] if len(x) < size else [normalized(group) for")),
+    ),
+    (9, None, made(9, ("    keep =", "    mask = x[:, 0] != 0\n    keep ="))),
 ]

@@ -90,13 +90,15 @@ def test_wrong_answers_are_refused_and_recognised(number, hint, code, graded):
     for seed in range(0, 12000, 1000):
         outcomes = graded(number, code, seed)
         assert any(outcome.wrong for outcome in outcomes), seed
+        if hint is None:
+            continue
         said = [found.en for found in hints(outcomes)]
         assert any(hint in text for text in said), (seed, said, [str(o.wrong) for o in outcomes])
 
 
 @each
 def test_three_wrong_answers_each_with_a_hint_of_its_own(number):
-    assert len({hint for n, hint, _ in WRONG if n == number}) >= 3
+    assert len({hint for n, hint, _ in WRONG if n == number and hint}) >= 3
 
 
 @each
@@ -104,7 +106,7 @@ def test_every_hint_is_tried(number, graded):
     (name,) = (path.stem for path in package().glob(f"e{number:02}_*.py"))
     module = vars(importlib.import_module(f"batchnorm.exercises.{name}"))
     every = {key: text for key, text in module.items() if isinstance(text, Text)}
-    tried = [hint for n, hint, _ in WRONG if n == number]
+    tried = [hint for n, hint, _ in WRONG if n == number and hint]
     missed = [
         key
         for key, text in every.items()

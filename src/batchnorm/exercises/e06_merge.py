@@ -90,6 +90,7 @@ def _two(answer: Answer, random: Generator) -> None:
 
 def _one(answer: Answer, random: Generator) -> None:
     _compare(answer, _data(random, 4, 8), _data(random, 1, 1))
+    _compare(answer, _data(random, 1, 1), _data(random, 4, 8))
 
 
 def _empty(answer: Answer, random: Generator) -> None:
