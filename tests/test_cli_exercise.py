@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from batchnorm import cli, exercises
 from batchnorm.cli.language import choose_language
+from batchnorm.cli.printing import wrapped
 from batchnorm.errors import ArgumentError
 
 ALL = exercises.discover()
@@ -148,7 +149,8 @@ def test_start_check_mend_check(here):
         "  同上",
         f"✗ {ALL[1].checks[2].name.zh}",
         "  同上",
-        "还不对：3 项检查没有通过。用同样的数据再查一次：--seed 5",
+        "还不对：3 项检查没有通过。",
+        "用同样的数据再查一次：--seed 5",
     ]
     (here / "my answer.py").write_text(SOLUTION)
     assert run(1, "--check", "my answer.py")[0] == 0
@@ -167,14 +169,28 @@ def test_what_went_wrong_fits_and_lines_up(here):
     body = SOLUTION.replace("var(0, correction=0)", "var(0)  # " + "long " * 30)
     (here / "my.py").write_text(body.replace("    mean =", "    print('[red]x[/red]')\n    mean ="))
     for language in ("zh", "en"):
-        code, out, err = process("1", "--check", "my.py", "--lang", language, "--seed", "0")
-        assert (code, err) == (1, "")
+        code, out, _ = run(1, "--check", "my.py", "--lang", language, "--seed", 0)
+        assert code == 1
         assert "[red]x[/red]" in out
         assert widest(out) <= 80
         # What is said begins in one column, also where it goes on in another line.
         lines = [line for line in out.splitlines() if line.startswith("  ") and "  " in line[3:]]
         begins = {cell_len(line) - cell_len(line[2:].partition("  ")[2].lstrip()) for line in lines}
         assert len(begins) == 1
+
+
+@pytest.mark.parametrize("width", [20, 33, 70])
+@pytest.mark.parametrize("number", ALL)
+def test_lines_are_broken_where_they_may_be(number, width):
+    """Nothing is lost but spaces, nothing too long, no line begins with a closing mark."""
+    for task in ALL[number].task:
+        lines = wrapped(task, width)
+        assert "".join("".join(lines).split()) == "".join(task.split())
+        assert max(map(cell_len, lines)) <= width
+        assert not [line for line in lines if line[:1] in "，。；：、！？）" and line]
+        # Full, but for the word that did not fit.
+        prose = wrapped(max(task.splitlines(), key=len), width)[:-1]
+        assert all(cell_len(line) > width / 2 for line in prose)
 
 
 def test_long_prints_are_cut(here):
@@ -220,6 +236,7 @@ def test_an_answer_that_misbehaves_never_shows_our_traceback(here):
         assert code == 1, body
         assert isinstance(error, SystemExit)
         assert out.startswith("✗ the file is read\n")
+        assert "--seed" not in out
         assert "Traceback" not in out
     code, out, err = process("1", "--check", "my.py")
     assert (code, err) == (1, "")

@@ -135,7 +135,7 @@ def update(m, v, x, momentum=0.1):
     (4, "old bias is gone", made(4, ("bias is None", "True"))),
     (
         5,
-        "So does E[x²] − E[x]²",
+        "So fails E[x²] − E[x]²",
         """
 def variance(x):
     return (x**2).mean(0) - x.mean(0) ** 2
@@ -143,7 +143,7 @@ def variance(x):
     ),
     (
         5,
-        "So does E[x²] − E[x]²",
+        "So fails E[x²] − E[x]²",
         """
 def variance(x):
     return ((x * x).mean(0) - x.mean(0).square()).clamp(min=0)
@@ -151,7 +151,7 @@ def variance(x):
     ),
     (
         5,
-        "So does E[x²] − E[x]²",
+        "So fails E[x²] − E[x]²",
         """
 def variance(x):
     w = x.double()

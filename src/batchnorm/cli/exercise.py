@@ -16,7 +16,7 @@ from rich.text import Text as Styled
 
 from batchnorm import exercises
 from batchnorm.cli.language import choose_language
-from batchnorm.cli.printing import print_table, print_text
+from batchnorm.cli.printing import print_table, print_text, wrapped
 from batchnorm.cli.status import REFUSED
 from batchnorm.errors import ArgumentError
 from batchnorm.exercises import Exercise, Outcome
@@ -50,10 +50,8 @@ _NEXT = Text(
 )
 _WRITTEN = Text("已写入 {path}。检查：{command}", "Written: {path}. To check it: {command}")
 _RIGHT = Text("对了：{count} 项检查全部通过。", "Right: all {count} checks passed.")
-_WRONG = Text(
-    "还不对：{count} 项检查没有通过。用同样的数据再查一次：--seed {seed}",
-    "Not yet: {count} of the checks failed. The same data once more: --seed {seed}",
-)
+_WRONG = Text("还不对：{count} 项检查没有通过。", "Not yet: {count} of the checks failed.")
+_REPEAT = Text("用同样的数据再查一次：--seed {seed}", "The same data once more: --seed {seed}")
 _SAME = Text("同上", "as above")
 _LABELS = {
     "where": Text("位置", "where"),
@@ -186,7 +184,9 @@ def _report(outcomes: list[Outcome], path: Path, seed: int, language: Language) 
         before = said
     failed = sum(outcome.wrong is not None for outcome in outcomes)
     if failed:
-        print_text(console, _WRONG.said(language).format(count=failed, seed=seed))
+        print_text(console, _WRONG.said(language).format(count=failed))
+        if len(outcomes) > 1:  # one alone is that of reading the file, which takes no data
+            print_text(console, _REPEAT.said(language).format(seed=seed))
         raise typer.Exit(REFUSED)
     print_text(console, _RIGHT.said(language).format(count=len(outcomes)))
 
@@ -222,10 +222,9 @@ def _print_reasons(
     for key, text in said.items():
         label = set_cell_size(_LABELS[key].said(language), width)
         again = key in ("hint", "where") and before.get(key) == text
-        shown = Styled(_SAME.said(language) if again else text)
-        # Text, not markup: y[0] is no style. A path must survive being copied: it is not broken.
-        room = console.width - width - 4
-        lines = [shown] if key == "where" else shown.wrap(console, room)
+        shown = _SAME.said(language) if again else text
+        # A path must survive being copied: it is not broken.
+        lines = [shown] if key == "where" else wrapped(shown, console.width - width - 4)
         for line in lines:
-            print_text(console, f"  {label}  {line.plain}".rstrip())
+            print_text(console, f"  {label}  {line}".rstrip())
             label = " " * width

@@ -146,9 +146,7 @@ class Answer:
             return Wrong(_RUNS, _UNWRITTEN, line=line)
         if isinstance(error, SystemExit):
             return Wrong(_RUNS, _EXIT, _NO_EXIT, line)
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        message = f"{type(error).__name__}: {' '.join(said.split())[:LONGEST_MESSAGE]}"
-        return Wrong(_RUNS, Text.of(message), line=line)
+        return Wrong(_RUNS, Text.of(described(error)), line=line)
 
     def _line(self, error: BaseException) -> int | None:
         """The last of the reader's own lines: torch checks what it is given deep inside."""
@@ -157,6 +155,13 @@ class Answer:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame.lineno for frame in frames if frame.filename == str(self.path)]
         return own[-1] if own else None
+
+
+def described(error: BaseException) -> str:
+    """The error as Python would say it, in one line that is not too long."""
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    message = " ".join(said.split())[:LONGEST_MESSAGE]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def kept(value: Any) -> Tensor | None:

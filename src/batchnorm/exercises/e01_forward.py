@@ -115,13 +115,14 @@ EXERCISE = Exercise(
 用 PyTorch 的基本运算写，不要调用现成的批量归一化。
 """,  # noqa: E501 (a line break would show as a space)
         """
-Write the forward pass of batch normalization in training. `x` has the shape (N, C): N samples, C
-channels; `gamma` and `beta` have C values each.
+Write the forward pass of batch normalization in training. `x` has the shape (N,
+C): N samples, C channels; `gamma` and `beta` have C values each.
 
     μ = mean of each channel    σ² = biased variance of each channel
     y = γ · (x − μ) / √(σ² + ε) + β
 
-Write it with plain operations of PyTorch, not by calling a batch normalization that is there.
+Write it with plain operations of PyTorch, not by calling a batch normalization
+that is there.
 """,
     ),
     names=("forward",),

@@ -132,14 +132,14 @@ EXERCISE = Exercise(
 - 输入可能需要梯度；缓冲区不能因此连上计算图。
 """,
         """
-After a batch `x` of training, update the running mean and the running variance. Write *into*
-both, and return nothing.
+After a batch `x` of training, update the running mean and the running variance.
+Write *into* both, and return nothing.
 
     running ← (1 − α) · running + α · new value
 
 - The momentum α is the share of the new value, as in PyTorch.
-- The variance that is stored is the unbiased one, divided by m − 1; m is how many values a
-  channel has.
+- The variance that is stored is the unbiased one, divided by m − 1; m is how
+  many values a channel has.
 - `x` has the shape (N, C) or (N, C, H, W).
 - The input may need a gradient; the buffers must not hang on its graph.
 """,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from batchnorm.exercises.answer import Answer
+from batchnorm.exercises.answer import Answer, described
 from batchnorm.exercises.compare import Mistake, but_channel, by_channel, draw, pick, same
 from batchnorm.exercises.e01_forward import UNBIASED
 from batchnorm.exercises.exercise import Check, Exercise, Text, Wrong
@@ -115,7 +115,7 @@ def _refused(answer: Answer, layer: Any, x: Tensor, hint: Text) -> None:
     before = [buffer.clone() for buffer in _buffers(layer)]
     error = answer.raised(layer, x)
     if not isinstance(error, ValueError):
-        came = Text.of(f"{type(error).__name__}: {error!s:.80}") if error else _NO_ERROR
+        came = Text.of(described(error)) if error else _NO_ERROR
         raise Wrong(_VALUE_ERROR, came, _ASSERT if isinstance(error, AssertionError) else hint)
     if not str(error):
         raise Wrong(_MESSAGE, _EMPTY)
@@ -159,12 +159,16 @@ EXERCISE = Exercise(
 5. 通道数不对：`raise ValueError`，不用 `assert`。
 """,
         """
-`--start` gives you the teaching sample of chapter 9. It has five faults; mend them:
+`--start` gives you the teaching sample of chapter 9. It has five faults; mend
+them:
 
 1. The biased variance normalizes; the unbiased one is stored in `running_var`.
-2. The buffers hang on no graph; the gradient of the output is right all the same.
-3. One value a channel in training: `raise ValueError`, and change nothing before.
-4. Channels are on axis 1, and any number of axes may follow: (N, C), (N, C, L), (N, C, H, W).
+2. The buffers hang on no graph; the gradient of the output is right all the
+   same.
+3. One value a channel in training: `raise ValueError`, and change nothing
+   before.
+4. Channels are on axis 1, and any number of axes may follow: (N, C), (N, C, L),
+   (N, C, H, W).
 5. Another number of channels: `raise ValueError`, not `assert`.
 """,
     ),

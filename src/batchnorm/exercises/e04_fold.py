@@ -94,15 +94,16 @@ EXERCISE = Exercise(
 - `bias` 可能是 `None`：旧层没有偏置。返回的偏置总是张量。
 """,  # noqa: E501 (a line break would show as a space)
         """
-In evaluation the statistics are constants, and batch normalization is no more than y = a·x + b.
-Fold it into the linear layer or convolution before it: return a new `(weight, bias)` so that
+In evaluation the statistics are constants, and batch normalization is no more
+than y = a·x + b. Fold it into the linear layer or convolution before it: return
+a new `(weight, bias)` so that
 
     new_layer(x) = normalization(old_layer(x))
 
-- Axis 0 of `weight` is the output channels: (O, I) of a linear layer, (O, I, H, W) of a
-  convolution.
-- `bias` may be `None`, where the old layer has none. The bias that is returned is always a
-  tensor.
+- Axis 0 of `weight` is the output channels: (O, I) of a linear layer, (O, I, H,
+  W) of a convolution.
+- `bias` may be `None`, where the old layer has none. The bias that is returned
+  is always a tensor.
 """,
     ),
     names=("fold",),

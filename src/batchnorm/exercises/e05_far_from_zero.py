@@ -17,9 +17,9 @@ from batchnorm.exercises.exercise import Check, Exercise, Text
 ENOUGH = 0.01
 
 _CANCELLED = Text(
-    "E[x²] − E[x]² 会这样：x² 在 {square} 附近，{dtype} 只留 {digits} 位，相减之后全是舍入误差。"
-    "先减去均值再平方。",
-    "So does E[x²] − E[x]²: x² is near {square}, of which {dtype} keeps {digits} digits, and the "
+    "E[x²] − E[x]² 就这样出错：x² 在 {square} 附近，{dtype} 只留 {digits} 位，相减之后"
+    "全是舍入误差。先减去均值再平方。",
+    "So fails E[x²] − E[x]²: x² is near {square}, of which {dtype} keeps {digits} digits, and the "
     "difference is all rounding. Subtract the mean first, then square.",
 )
 _NOTHING = Text(
@@ -81,17 +81,17 @@ EXERCISE = Exercise(
     chapter="09-implementation.md",
     task=Text(
         """
-求 `x`（形状 (N, C)）每个通道的有偏方差，类型与 `x` 相同。标准差大约是 1，均值却可能是一百万（float32）或十亿（float64）；误差不超过 1%。
+求 `x`（形状 (N, C)）每个通道的有偏方差，类型与 `x` 相同。标准差在 1 到 2 之间，均值却可能是一百万（float32）或十亿（float64）；误差不超过 1%。
 
 有一个只读一遍数据的公式，E[x²] − E[x]²。它在纸上是对的；试一试它。不要调用 `torch.var`。
 """,  # noqa: E501 (a line break would show as a space)
         """
-Take the biased variance of each channel of `x`, of the shape (N, C), in the dtype of `x`. The
-standard deviation is about 1, but the mean may be a million (float32) or a billion (float64); be
-right to 1%.
+Take the biased variance of each channel of `x`, of the shape (N, C), in the
+dtype of `x`. The standard deviation is between 1 and 2, but the mean may be a
+million (float32) or a billion (float64); be right to 1%.
 
-There is a formula that reads the data once, E[x²] − E[x]². On paper it is right; try it. Do not
-call `torch.var`.
+There is a formula that reads the data once, E[x²] − E[x]². On paper it is
+right; try it. Do not call `torch.var`.
 """,
     ),
     names=("variance",),

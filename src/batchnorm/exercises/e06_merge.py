@@ -119,12 +119,13 @@ EXERCISE = Exercise(
 幽灵批次、多进程、重新校准，用的都是它。`count` 可能为零，那时 `mean` 和 `m2` 也是零；均值可能是十亿。
 """,  # noqa: E501 (a line break would show as a space)
         """
-Two sets of data have a count, a mean and a sum of squared deviations each: `a` and `b` are both
-`(count, mean, m2)`, where `count` is a whole number and the other two are float64 tensors of the
-shape (C,). Without the data, return the `(count, mean, m2)` of both together.
+Two sets of data have a count, a mean and a sum of squared deviations each: `a`
+and `b` are both `(count, mean, m2)`, where `count` is a whole number and the
+other two are float64 tensors of the shape (C,). Without the data, return the
+`(count, mean, m2)` of both together.
 
-Ghost batches, several processes, recalibration: all are made of this. `count` may be zero, and
-then so are `mean` and `m2`; a mean may be a billion.
+Ghost batches, several processes, recalibration: all are made of this. `count`
+may be zero, and then so are `mean` and `m2`; a mean may be a billion.
 """,
     ),
     names=("merge",),

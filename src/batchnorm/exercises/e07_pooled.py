@@ -128,11 +128,13 @@ EXERCISE = Exercise(
 `recalibrate` 做的就是这件事。`batches` 可能是生成器，只能读一遍。
 """,  # noqa: E501 (a line break would show as a space)
         """
-`batches` gives many batches one by one, of the shape (N, C), each with an N of its own, in
-float64. Return `(mean, var)` of all the data: the mean and the *unbiased* variance of each
-channel, exact, and whatever the data were split into.
+`batches` gives many batches one by one, of the shape (N, C), each with an N of
+its own, in float64. Return `(mean, var)` of all the data: the mean and the
+*unbiased* variance of each channel, exact, and whatever the data were split
+into.
 
-This is what `recalibrate` does. `batches` may be a generator, which can be read only once.
+This is what `recalibrate` does. `batches` may be a generator, which can be read
+only once.
 """,
     ),
     names=("pooled",),

@@ -111,12 +111,12 @@ EXERCISE = Exercise(
 `x` 的形状是 (N, C) 或 (N, C, H, W)；`size` 可能比 N 大，那就只有一组。返回的形状和顺序与 `x` 相同。
 """,  # noqa: E501 (a line break would show as a space)
         """
-Split a large batch into groups of `size` samples next to each other, and normalize each by its
-own mean and biased variance (without γ and β). Where N is no multiple of `size`, the last group
-is smaller, and a group of its own.
+Split a large batch into groups of `size` samples next to each other, and
+normalize each by its own mean and biased variance (without γ and β). Where N is
+no multiple of `size`, the last group is smaller, and a group of its own.
 
-`x` has the shape (N, C) or (N, C, H, W); `size` may be larger than N: then there is one group.
-What comes back has the shape and the order of `x`.
+`x` has the shape (N, C) or (N, C, H, W); `size` may be larger than N: then
+there is one group. What comes back has the shape and the order of `x`.
 """,
     ),
     names=("ghost",),

@@ -135,12 +135,12 @@ EXERCISE = Exercise(
 填充里可能是任何东西，NaN 也不例外。它不得进入统计量，也不得进入梯度：填充处的梯度是零。
 """,  # noqa: E501 (a line break would show as a space)
         """
-`x` has the shape (N, C, L): N sequences of different lengths, filled up to L. `mask` has the
-shape (N, L), and True means that it counts. Return `(mean, var)`: mean and biased variance of
-each channel over the values that count.
+`x` has the shape (N, C, L): N sequences of different lengths, filled up to L.
+`mask` has the shape (N, L), and True means that it counts. Return `(mean,
+var)`: mean and biased variance of each channel over the values that count.
 
-The padding may hold anything, NaN included. It must get neither into the statistics nor into the
-gradient, which is zero there.
+The padding may hold anything, NaN included. It must get neither into the
+statistics nor into the gradient, which is zero there.
 """,
     ),
     names=("statistics",),

@@ -131,13 +131,14 @@ EXERCISE = Exercise(
 检查用随机的 `dy`，与 float64 的自动求导比较；运行你的代码时，自动求导是关着的。
 """,  # noqa: E501 (a line break would show as a space)
         """
-The backward pass in training. `dy` is the gradient of the output, and `x` has the shape (N, C).
-Return `(dx, dγ, dβ)`: the gradients of the input, of γ and of β. The forward pass is
+The backward pass in training. `dy` is the gradient of the output, and `x` has
+the shape (N, C). Return `(dx, dγ, dβ)`: the gradients of the input, of γ and of
+β. The forward pass is
 
     y = γ · (x − μ) / √(σ² + ε) + β
 
-The checks take random `dy` and compare with autograd in float64; while your code runs, autograd
-is off.
+The checks take random `dy` and compare with autograd in float64; while your
+code runs, autograd is off.
 """,
     ),
     names=("backward",),
