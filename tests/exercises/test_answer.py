@@ -70,7 +70,19 @@ def test_names(refused):
 
 def test_the_dtype(refused):
     code = RIGHT.replace("mean = x.mean(0)", "x = x.double()\n    mean = x.mean(0)")
-    assert refused(code)[:2] == ("y in torch.float32", "torch.float64")
+    expected, came, hint, _ = refused(code)
+    assert (expected, came) == ("y in torch.float32", "torch.float64")
+    assert "x.dtype" in hint
+    # Far from zero as well, where whatever is not recognised is put down to rounding.
+    wide = "def variance(x):\n    return x.double().var(0, correction=0).to({dtype})\n"
+    late = "import torch\n" + wide.format(dtype="torch.float64 if x.mean() > 1e3 else x.dtype")
+    assert "x.dtype" in refused(late, 5)[2]
+
+
+def test_digits_are_as_many_as_tell_two_numbers_apart(refused):
+    code = exercises.find(6).solution.replace("a[1] + share", "(1 + 1e-7) * a[1] + share")
+    expected, came, *_ = refused(code, 6)
+    assert expected.split(" = ")[1] != came.split(" (")[0]
 
 
 def test_how_many_results(refused):

@@ -8,6 +8,7 @@ import pytest
 from batchnorm import exercises
 from batchnorm.errors import ArgumentError
 from batchnorm.exercises.exercise import Text, Wrong
+from right_answers import RIGHT
 from wrong_answers import WRONG
 
 ALL = exercises.discover()
@@ -60,6 +61,13 @@ def test_the_solution_is_right_whatever_the_data(number, graded):
     for seed in range(40):
         outcomes = graded(number, ALL[number].solution, 997 * seed)
         assert [outcome.wrong for outcome in outcomes] == [None] * len(ALL[number].checks)
+
+
+@pytest.mark.parametrize(("number", "code"), RIGHT)
+def test_other_right_answers_pass_whatever_the_data(number, code, graded):
+    for seed in range(0, 40000, 1000):
+        outcomes = graded(number, code, seed)
+        assert not [str(outcome.wrong) for outcome in outcomes if outcome.wrong], seed
 
 
 @each

@@ -18,6 +18,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _TENSOR = Text("{name} 是张量", "{name} to be a tensor")
 _SHAPE = Text("{name} 的形状为 {shape}", "{name} of shape {shape}")
 _DTYPE = Text("{name} 的类型为 {dtype}", "{name} in {dtype}")
+_CONVERT = Text(
+    "把结果转换成 x 的类型：.to(x.dtype)。",
+    "Convert the result to the dtype of x: .to(x.dtype).",
+)
 _PARTS = Text("返回 {count} 个结果：{names}", "{count} results: {names}")
 _VALUE = Text(
     "{found}（{total} 个元素中有 {count} 个不对）", "{found} ({count} of {total} are wrong)"
@@ -68,7 +72,7 @@ def same(
     if wrong.any():
         raise _worst(found, expected, wrong, name, hint)
     if found.dtype != dtype:
-        raise Wrong(_DTYPE.filled(name=name, dtype=dtype), Text.of(found.dtype))
+        raise Wrong(_DTYPE.filled(name=name, dtype=dtype), Text.of(found.dtype), _CONVERT)
 
 
 def _near(found: Tensor, expected: Tensor, allowed: float) -> Tensor:
@@ -93,10 +97,16 @@ def _worst(found: Tensor, expected: Tensor, wrong: Tensor, name: str, hint: Text
     at = int(torch.where(wrong, off, -1.0).argmax())
     place = [int(index) for index in torch.unravel_index(torch.tensor(at), found.shape)]
     label = f"{name}{place or ''}"
-    value = f"{float(found.detach().flatten()[at]):.6g}"
+    right, value = _told_apart(float(expected.flatten()[at]), float(found.detach().flatten()[at]))
     total, count = found.numel(), int(wrong.sum())
     came = _VALUE.filled(found=value, count=count, total=total) if total > 1 else Text.of(value)
-    return Wrong(Text.of(f"{label} = {float(expected.flatten()[at]):.6g}"), came, hint)
+    return Wrong(Text.of(f"{label} = {right}"), came, hint)
+
+
+def _told_apart(*values: float) -> list[str]:
+    """As many digits as it takes to see that they differ, and at least 6."""
+    every = ([f"{value:.{digits}g}" for value in values] for digits in range(6, 18))
+    return next((said for said in every if len(set(said)) > 1), [str(value) for value in values])
 
 
 def parts(found: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
