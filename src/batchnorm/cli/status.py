@@ -11,3 +11,6 @@ WRONG_RESULT = 1
 
 #: `inspect` or `diagnose` have found something at or above --fail-on.
 FOUND = 1
+
+#: `exercise --check` has refused the answer.
+REFUSED = 1
