@@ -95,8 +95,8 @@ def style() -> Iterator[None]:
 def inline(svg: str, name: str) -> str:
     """Return an SVG file as part of a page: no prologue or address, its own ids, the page's ink.
 
-    The page has an element `{name}-title` that names the picture, and says in CSS what --ink, --rule
-    and --series1 to --series4 are.
+    The page has an element `{name}-title` that names the picture, and says in CSS what --ink,
+    --rule and --series1 to --series4 are.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

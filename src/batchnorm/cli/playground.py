@@ -14,8 +14,8 @@ from batchnorm.cli.printing import print_text
 
 PLAYGROUND_HELP = (
     "Train two small networks side by side in the browser, one with batch normalization.\n\n"
-    "Depth, activation, learning rate, batch size and initial weights are yours to choose. The page "
-    "is served by this machine, and to nobody else unless --host says so. Ctrl-C ends it."
+    "Depth, activation, learning rate, batch size and initial weights are yours to choose. The "
+    "page is served by this machine, and to nobody else unless --host says so. Ctrl-C ends it."
 )
 
 

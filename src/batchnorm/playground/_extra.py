@@ -1,4 +1,4 @@
-"""Fails the import of `batchnorm.playground`, with a message that helps, where its extra is missing."""
+"""Fails the import of `batchnorm.playground`, with a message that helps, without its extra."""
 
 import importlib.util
 

@@ -25,7 +25,7 @@ from batchnorm.playground.training import (
     train,
 )
 
-#: Seconds of training between two frames: drawing one takes half as long.
+#: Seconds of training between two frames: drawing one takes a third as long.
 PAUSE = 0.5
 
 #: In the order of the page. The learning rate has two: a slider over decades, which writes into the
@@ -33,6 +33,8 @@ PAUSE = 0.5
 CONTROLS = ("depth", "width", "activation", "init", "rate", "exponent", "batch", "steps", "seed")
 INPUTS = tuple(name for name in CONTROLS if name != "exponent")
 SLIDERS = ("depth", "width", "batch", "steps")
+
+BUTTONS = ("start", "stop", "reset")
 
 FIRST = next(iter(PRESETS))
 
@@ -108,80 +110,89 @@ class Playground:
                 gr.update(label=words[name], **_choices(name, words))
                 for name in CONTROLS
             ),
-            *(gr.update(value=words[name]) for name in ("start", "stop", "reset")),
+            *(gr.update(value=words[name]) for name in BUTTONS),
             *_shown(self.runs.get(str(request.session_hash)), words),
         ]  # fmt: skip
 
     def page(self, language: str) -> gr.Blocks:
         """Return the page, in a language to begin with."""
         words, first = TEXTS[language], PRESETS[FIRST]
-        with gr.Blocks(analytics_enabled=False, title=words["title"]) as page:
+        page = gr.Blocks(analytics_enabled=False, title=words["title"], fill_width=True)
+        with page:
             heading = gr.HTML(_heading(words))
             with gr.Row():
-                with gr.Column(scale=1, min_width=280):
-                    spoken = gr.Radio(
-                        [(name, code) for code, name in LANGUAGES.items()],
-                        value=language,
-                        label=words["language"],
-                        elem_id="language",
-                    )
-                    preset = gr.Dropdown(
-                        _presets(words), value=FIRST, label=words["example"], elem_id="example"
-                    )
-                    hint = gr.HTML(_hint(FIRST, words), elem_id="hint")
+                preset = gr.Dropdown(
+                    _presets(words),
+                    value=FIRST,
+                    label=words["example"],
+                    elem_id="example",
+                    scale=2,
+                    min_width=240,
+                )
+                spoken = gr.Radio(
+                    [(name, code) for code, name in LANGUAGES.items()],
+                    value=language,
+                    label=words["language"],
+                    elem_id="language",
+                    min_width=240,
+                )
+            hint = gr.HTML(_hint(FIRST, words), elem_id="hint")
+            with gr.Row():
+                buttons = [_button(name, words) for name in BUTTONS]
+            ready, _ = _shown(None, words)
+            status = gr.HTML(ready, elem_id="status")
+            with gr.Row():
+                with gr.Column(scale=1, min_width=240, elem_id="controls"):
                     controls = {name: _control(name, words, first) for name in CONTROLS}
-                with gr.Column(scale=3, min_width=320):
-                    with gr.Row():
-                        start, stop, reset = (
-                            gr.Button(
-                                words[name],
-                                elem_id=name,
-                                min_width=80,
-                                interactive=name != "stop",
-                                variant="primary" if name == "start" else "secondary",
-                            )
-                            for name in ("start", "stop", "reset")
-                        )
-                    status = gr.HTML(_shown(None, words)[0], elem_id="status")
+                with gr.Column(scale=4, min_width=320):
                     pictures = gr.HTML(elem_id="pictures")
-            inputs = [controls[name] for name in INPUTS]
             frame = [status, pictures]
-            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            # Raw, because what Gradio says of a bad value it says in English. Without a limit,
-            # because a tab must not wait until another one has trained.
-            start.click(
-                self.start,
-                [spoken, *inputs],
-                [*frame, start, stop, reset, spoken],
-                preprocess=False,
-                concurrency_limit=None,
-                **quiet,
-            )
-            stop.click(self.stop, queue=False, **quiet)
-            reset.click(
-                self.reset, spoken, [*frame, preset, hint, *controls.values()], queue=False, **quiet
-            )
-            preset.input(
-                _preset, [preset, spoken], [hint, *controls.values()], queue=False, **quiet
-            )
-            spoken.input(
-                self.speak,
-                [spoken, preset],
-                [heading, spoken, preset, hint, *controls.values(), start, stop, reset, *frame],
-                queue=False,
-                **quiet,
-            )
-            spoken.input(js="language => { document.documentElement.lang = language }", inputs=spoken)
-            controls["exponent"].input(
-                js="power => String(Number((10 ** power).toPrecision(2)))",
-                inputs=controls["exponent"],
-                outputs=controls["rate"],
-            )
-            # What is said of an example is said of its settings only.
-            for control in controls.values():
-                control.input(js="() => [null, '']", outputs=[preset, hint])
+            self._connect(heading, preset, hint, spoken, buttons, controls, frame)
             page.unload(self.leave)
         return page
+
+    def _connect(
+        self,
+        heading: gr.HTML,
+        preset: gr.Dropdown,
+        hint: gr.HTML,
+        spoken: gr.Radio,
+        buttons: list[gr.Button],
+        controls: dict[str, Any],
+        frame: list[gr.HTML],
+    ) -> None:
+        start, stop, reset = buttons
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        at_once = {"queue": False, **quiet}
+        start.click(
+            self.start,
+            [spoken, *(controls[name] for name in INPUTS)],
+            [*frame, *buttons, spoken],
+            preprocess=False,  # what Gradio says of a bad value, it says in English
+            concurrency_limit=None,  # a tab must not wait until another one has trained
+            **quiet,
+        )
+        stop.click(self.stop, **at_once)
+        chosen = [preset, hint, *controls.values()]
+        reset.click(self.reset, spoken, [*frame, *chosen], **at_once)
+        preset.input(_preset, [preset, spoken], chosen[1:], **at_once)
+        spoken.input(
+            self.speak,
+            [spoken, preset],
+            [heading, spoken, *chosen, *buttons, *frame],
+            js="(spoken, preset) => { document.documentElement.lang = spoken; "
+            "return [spoken, preset] }",
+            **at_once,
+        )
+        controls["exponent"].input(
+            js="power => String(Number((10 ** power).toPrecision(2)))",
+            inputs=controls["exponent"],
+            outputs=controls["rate"],
+            **quiet,
+        )
+        for control in controls.values():
+            # What is said of an example is said of its settings only.
+            control.input(js="() => [null, '']", outputs=[preset, hint], **quiet)
 
 
 def _end(run: Run) -> str:
@@ -209,7 +220,7 @@ def _enabled(*, running: bool) -> list[Any]:
 
 
 def _heading(words: Any) -> str:
-    return f'<h1>{words["title"]}</h1><p>{words["intro"]}</p>'
+    return f"<h1>{words['title']}</h1><p>{words['intro']}</p>"
 
 
 def _hint(preset: str | None, words: Any) -> str:
@@ -236,6 +247,16 @@ def _choices(name: str, words: Any) -> dict[str, Any]:
     if name not in CHOICES:
         return {}
     return {"choices": [(words.get(f"{name}.{key}", key), key) for key in CHOICES[name]]}
+
+
+def _button(name: str, words: Any) -> gr.Button:
+    return gr.Button(
+        words[name],
+        elem_id=name,
+        min_width=80,
+        interactive=name != "stop",
+        variant="primary" if name == "start" else "secondary",
+    )
 
 
 def _control(name: str, words: Any, first: Settings) -> Any:

@@ -14,6 +14,15 @@ PORT, TRIES = 7860, 100
 #: Seconds that an open page has to let go of the server.
 GRACE = 1
 
+#: Gradio puts a number beyond its slider's ends at the end, without a word, as soon as another thing
+#: is clicked. It is to come here, where it is refused in words.
+ON_LOAD = """() => {
+    document.documentElement.lang = "LANGUAGE";
+    document.addEventListener("blur", event => {
+        if (event.target.type === "number") event.stopPropagation();
+    }, true);
+}"""
+
 
 def listen(host: str, port: int | None) -> socket.socket:
     """Return a listening socket, on the port, or on the first free one where none is asked for.
@@ -95,7 +104,7 @@ def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> Non
         path="/",
         theme=gr.themes.Base(font="system-ui", font_mono="monospace"),  # others are fetched
         css_paths=[CSS],
-        js=f"() => {{ document.documentElement.lang = '{language}' }}",
+        js=ON_LOAD.replace("LANGUAGE", language),
         footer_links=[],
         run_history=False,
         ssr_mode=False,

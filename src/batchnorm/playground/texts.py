@@ -35,7 +35,7 @@ _EN = {
     "width": "Units in each",
     "activation": "Activation",
     "rate": "Learning rate",
-    "exponent": "Learning rate, by decades",
+    "exponent": "Rate: 0.0001 to 100",
     "batch": "Batch size",
     "init": "Initial weights",
     "steps": "Steps",
@@ -79,7 +79,7 @@ _EN = {
         "or −1 before γ and β, and in the test something else. The plain network is far ahead."
     ),
     # What happens
-    "ready": "Ready.",
+    "ready": "Ready: press Start.",
     "running": "Step {step} of {steps}. {accuracies}",
     "done": "Done: {step} steps. {accuracies}",
     "stopped": "Stopped at step {step} of {steps}. {accuracies}",
@@ -89,8 +89,7 @@ _EN = {
         "Test accuracy: plain {" + PLAIN + "}, with batch normalization {" + NORMALIZED + "}."
     ),
     "diverged." + PLAIN: "The plain network diverged at step {step}: {why}",
-    "diverged."
-    + NORMALIZED: "The network with batch normalization diverged at step {step}: {why}",
+    "diverged." + NORMALIZED: "The network with batch normalization diverged at step {step}: {why}",
     "why": "its loss or its gradient is no finite number any more, and it was left there.",
     "refused.number": "{label}: expected a number from {low} to {high}, got {value}. {then}",
     "refused.whole": "{label}: expected a whole number from {low} to {high}, got {value}. {then}",
@@ -126,7 +125,7 @@ _ZH = {
     "width": "每层单元数",
     "activation": "激活函数",
     "rate": "学习率",
-    "exponent": "学习率，按数量级",
+    "exponent": "学习率：0.0001 到 100",
     "batch": "批量大小",
     "init": "初始权重",
     "steps": "步数",
@@ -142,7 +141,8 @@ _ZH = {
     ),
     "preset.small": "初始权重很小",
     "look.small": (
-        "普通网络里的信号逐层消失：看直方图旁边的 σ。不论权重的尺度如何，批量归一化都把每一层拉回到 1 左右。"
+        "普通网络里的信号逐层消失：看直方图旁边的 σ。不论权重的尺度如何，批量归一化都把每一层拉回到"
+        " 1 左右。"
     ),
     "preset.fast": "学习率很大",
     "look.fast": "普通网络在最初十步之内就发散了。有批量归一化的网络用同样的学习率，照样学会。",
@@ -152,15 +152,15 @@ _ZH = {
     ),
     "preset.deep": "20 层：梯度爆炸",
     "look.deep": (
-        "批量归一化有代价。训练开始时（细线），它的梯度从输出到输入逐层增大；在小学习率下，用 He 初始权重的"
-        "普通网络走在它前面。"
+        "批量归一化有代价。训练开始时（细线），它的梯度从输出到输入逐层增大；在小学习率下，"
+        "用 He 初始权重的普通网络走在它前面。"
     ),
     "preset.tiny": "批量为 2：更差",
     "look.tiny": (
-        "两个值的均值和方差几乎全凭运气：训练时，每个值在乘 γ 加 β 之前都变成 +1 或 −1，测试时却是另一回事。"
-        "普通网络遥遥领先。"
+        "两个值的均值和方差几乎全凭运气：训练时，每个值在乘 γ 加 β 之前都变成 +1 或 −1，"
+        "测试时却是另一回事。普通网络遥遥领先。"
     ),
-    "ready": "就绪。",
+    "ready": "就绪：请按“开始”。",
     "running": "第 {step} 步，共 {steps} 步。{accuracies}",
     "done": "完成：{step} 步。{accuracies}",
     "stopped": "停在第 {step} 步，共 {steps} 步。{accuracies}",

@@ -196,6 +196,7 @@ class Network(nn.Module):
         y: Tensor = head(x)
         return y
 
+
 @dataclass(frozen=True)
 class Histogram:
     """What one layer's activation functions were given in a batch: spread and counts."""
