@@ -129,7 +129,7 @@ def _gradients(figure: Figure, history: History, settings: Settings) -> None:
 def _inputs(figure: Figure, history: History, settings: Settings) -> None:
     """A row a layer, the first at the bottom; heights are shares of the fullest bin."""
     panels = figure.subplots(1, len(ARMS), sharey=True)
-    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.16, top=0.9, wspace=0.08)
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.16, top=0.9, wspace=0.08)
     edges = np.linspace(-SPAN, SPAN, BINS + 1)
     rows = range(1, settings.depth + 1)
     for axes, look, arm in zip(panels, LOOKS, ARMS, strict=False):
@@ -157,7 +157,7 @@ def _short(number: float) -> str:
 
 def _axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
     axes: Axes = figure.subplots()
-    figure.subplots_adjust(left=0.15, right=0.97, bottom=0.16, top=0.89)
+    figure.subplots_adjust(left=0.17, right=0.94, bottom=0.16, top=0.89)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return axes
 

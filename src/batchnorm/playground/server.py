@@ -5,8 +5,14 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from batchnorm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from batchnorm.playground.app import Playground
 
 #: Where the search for a free port begins, and how many are tried: Gradio's.
 PORT, TRIES = 7860, 100
@@ -14,8 +20,8 @@ PORT, TRIES = 7860, 100
 #: Seconds that an open page has to let go of the server.
 GRACE = 1
 
-#: Gradio puts a number beyond its slider's ends at the end, without a word, as soon as another thing
-#: is clicked. It is to come here, where it is refused in words.
+#: Gradio moves a number beyond its slider's ends to the end, without a word, as soon as another
+#: thing is clicked. It is to come here, where it is refused in words.
 ON_LOAD = """() => {
     document.documentElement.lang = "LANGUAGE";
     document.addEventListener("blur", event => {
@@ -77,26 +83,13 @@ def address(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> None:
-    """Serve the page until the process is interrupted; no training goes on after that.
-
-    Args:
-        found: where to listen.
-        language: of the page at first, "zh" or "en".
-        ready: is called when the page can be asked for.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C, after everything has been closed.
-    """
+def make(language: str) -> tuple[FastAPI, Playground]:
+    """Return the application, and what trains in it."""
     import fastapi
     import gradio as gr
-    import torch
-    import uvicorn
 
     from batchnorm.playground.app import CSS, Playground
 
-    # A second thread gains nothing with layers this small, and every tab trains in one of its own.
-    torch.set_num_threads(1)
     playground = Playground()
     app = gr.mount_gradio_app(
         fastapi.FastAPI(),
@@ -112,11 +105,29 @@ def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> Non
         enable_monitoring=False,
         mcp_server=False,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE)
-    )
+    return app, playground
+
+
+def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> None:
+    """Serve the page until the process is interrupted; no training goes on after that.
+
+    Args:
+        found: where to listen.
+        language: of the page at first, "zh" or "en".
+        ready: is called when the page can be asked for.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after everything has been closed.
+    """
+    import torch
+    import uvicorn
+
+    app, playground = make(language)
+    # A second thread gains nothing with layers this small, and every tab trains in one of its own.
+    torch.set_num_threads(1)
     ready()
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE)
     try:
-        server.run(sockets=[found])
+        uvicorn.Server(config).run(sockets=[found])
     finally:
         playground.stop_all()

@@ -127,7 +127,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value not in {**CHOICES, **RANGES}[field.name]:
+            possible = RANGES.get(field.name) or tuple(CHOICES[field.name])
+            if value not in possible:
                 raise SettingError(field.name, value)
 
     @classmethod
