@@ -61,10 +61,10 @@ def address(process):
 def serving(*arguments):
     """The process and its address; it ends with Ctrl-C, cleanly and soon."""
     process = start("--no-browser", "--port", "0", *arguments)
-    try:
-        yield process, address(process)
-        process.send_signal(signal.SIGINT)
-        assert finish(process, timeout=15) == (130, "", "Starting.\n")
-    finally:
-        process.kill()
-        process.wait()
+    with process:  # closes its pipes
+        try:
+            yield process, address(process)
+            process.send_signal(signal.SIGINT)
+            assert finish(process, timeout=15) == (130, "", "Starting.\n")
+        finally:
+            process.kill()

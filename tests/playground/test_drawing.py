@@ -1,8 +1,9 @@
 """The pictures: what they show, taken from the SVG."""
 
+import itertools
 import math
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -24,7 +25,8 @@ def history():
 
 def pictures(history, settings, language="en"):
     """Each picture's caption and root."""
-    page = ElementTree.fromstring(f"<div>{drawing.draw(history, settings, TEXTS[language])}</div>")
+    html = drawing.draw(history, settings, TEXTS[language])
+    page = ET.fromstring(f"<div>{html}</div>")
     return {
         figure.find("figcaption").get("id").removesuffix("-title"): (
             figure.find("figcaption").text,
@@ -62,7 +64,7 @@ def test_curves_are_the_numbers(history):
             values = [get(shot.looks[arm]) for shot in history]
             assert len(curve) == len(values) == 5
             # Equal steps.
-            gaps = [b[0] - a[0] for a, b in zip(curve, curve[1:], strict=False)]
+            gaps = [b[0] - a[0] for a, b in itertools.pairwise(curve)]
             assert gaps == pytest.approx([gaps[0]] * 4, abs=1e-3)
             drawn = [y - curve[0][1] for _, y in curve]
             rise = max(range(5), key=lambda i: abs(drawn[i]))

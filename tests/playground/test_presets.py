@@ -1,5 +1,6 @@
 """What the page says of its examples is so, with any seed."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ def test_sigmoid():
     for ((start, plain), (_, normalized)), shots in runs("sigmoid"):
         assert plain.accuracy < 0.15
         for look in (start, plain):
-            assert all(a < b for a, b in zip(look.gradients, look.gradients[1:], strict=False))
+            assert all(a < b for a, b in itertools.pairwise(look.gradients))
             assert look.gradients[0] < look.gradients[-1] / 300
         assert max(normalized.gradients) < 4 * min(normalized.gradients)
         assert any(shot.looks[NORMALIZED].accuracy > 0.9 for shot in shots if shot.step <= 100)
@@ -35,7 +36,7 @@ def test_sigmoid():
 def test_small():
     for ((start, plain), (_, normalized)), _ in runs("small"):
         spreads = [histogram.std for histogram in start.histograms]
-        assert all(b < a / 10 for a, b in zip(spreads, spreads[1:], strict=False))
+        assert all(b < a / 10 for a, b in itertools.pairwise(spreads))
         assert plain.histograms[-1].std < plain.histograms[0].std / 100
         assert all(0.7 < histogram.std < 1.5 for histogram in normalized.histograms)
         assert plain.accuracy < 0.15

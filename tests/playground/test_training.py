@@ -1,5 +1,6 @@
 """What the playground trains, against the same networks written by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -42,7 +43,7 @@ def by_hand(settings, data, normalized):
                 for part in (data.x_train, data.y_train))  # fmt: skip
     sizes = [x.shape[1], *[settings.width] * settings.depth, data.classes]
     weights, biases, scales = [], [], []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         std = math.sqrt(2 / (fan_in + fan_out))
         drawn = torch.empty(fan_out, fan_in).normal_(std=std, generator=draws)
         weights.append(drawn.double().requires_grad_())
@@ -64,7 +65,7 @@ def by_hand(settings, data, normalized):
         yield float(loss.detach()), [float(g.norm()) for g in gradients[: len(weights)]]
         with torch.no_grad():
             for parameter, gradient in zip(every, gradients, strict=True):
-                parameter -= settings.rate * gradient
+                parameter.sub_(gradient, alpha=settings.rate)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -84,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(arm, digits):
 
 
 def test_both_networks_begin_with_the_same_weights(digits):
-    """The first layer sees the same; what comes to its activation differs by normalization alone."""
+    """The first layer sees the same; its activation is given it with normalization or without."""
     settings = Settings(**{**SMALL, "steps": EVERY})
     first = next(train(settings, digits)).looks
     draws = torch.Generator().manual_seed(0)

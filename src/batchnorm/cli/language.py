@@ -1,23 +1,32 @@
-"""The language that a command speaks."""
+"""In which language to speak."""
+
+from __future__ import annotations
 
 import os
+from typing import Literal
 
 from batchnorm.errors import ArgumentError
 
-LANGUAGES = ("zh", "en")
+#: In the order in which they overrule each other.
+VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")
 
 
-def choose_language(option: str | None) -> str:
-    """Return the language of --lang, or else the one of the environment: "zh" or "en".
+def choose_language(option: str | None) -> Literal["zh", "en"]:
+    """The language of `--lang`; that of the environment where it is not given.
+
+    Args:
+        option: what was given, if anything was.
 
     Raises:
-        ArgumentError: There is no such language.
+        ArgumentError: it is a language that there is nothing in.
+
+    Example:
+        >>> choose_language("zh")
+        'zh'
     """
+    if option not in (None, "zh", "en"):
+        raise ArgumentError(f"expected --lang zh or en, got {option!r}")
     if option is None:
-        # The first of them that is set decides, as everywhere.
-        names = ("LC_ALL", "LC_MESSAGES", "LANG")
-        locale = next((value for name in names if (value := os.environ.get(name))), "")
-        return "zh" if locale.lower().startswith("zh") else "en"
-    if option not in LANGUAGES:
-        raise ArgumentError(f"--lang: expected one of {', '.join(LANGUAGES)}, got {option!r}")
-    return option
+        wanted = next((value for name in VARIABLES if (value := os.environ.get(name))), "")
+        return "zh" if wanted.lower().startswith("zh") else "en"
+    return "zh" if option == "zh" else "en"

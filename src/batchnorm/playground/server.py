@@ -126,8 +126,12 @@ def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> Non
     # A second thread gains nothing with layers this small, and every tab trains in one of its own.
     torch.set_num_threads(1)
     ready()
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # First, because what still trains is waited for.
+            playground.stop_all()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE)
-    try:
-        uvicorn.Server(config).run(sockets=[found])
-    finally:
-        playground.stop_all()
+    Server(config).run(sockets=[found])
