@@ -16,6 +16,7 @@ PAGES = sorted([*FOLDER.glob("*.md"), *DOCS.glob("findings/*.md")])
 NEEDS = {
     "exporting.md": ("onnxscript", "onnxruntime"),
     "other-frameworks.md": ("keras", "flax"),
+    "playground.md": ("gradio",),
 }
 #: Those packages warn of themselves.
 QUIET = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,3 +90,25 @@ def style() -> Iterator[None]:
         mpl.rcdefaults()
         mpl.rcParams.update(settings)
         yield
+
+
+def inline(svg: str, name: str) -> str:
+    """Return an SVG file as part of a page: no prologue or address, its own ids, the page's ink.
+
+    The page has an element `{name}-title` that names the picture, and says in CSS what --ink,
+    --rule and --series1 to --series4 are.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    # Two figures' ids would meet in one page.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    colours = {INK: "ink", RULE: "rule"}
+    colours |= {look.colour: f"series{i}" for i, look in enumerate(LOOKS, start=1)}
+    for colour, variable in colours.items():
+        svg = svg.replace(colour.lower(), f"var(--{variable})")
+    # The page sets the size; the viewBox keeps the shape.
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)

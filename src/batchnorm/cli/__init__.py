@@ -43,7 +43,7 @@ def _command() -> Callable[[], Any]:
     import rich  # noqa: F401
     import typer
 
-    from batchnorm.cli import bench, exercise, lab, tools
+    from batchnorm.cli import bench, exercise, lab, playground, tools
 
     plain: dict[str, Any] = {
         "no_args_is_help": True,
@@ -64,6 +64,7 @@ def _command() -> Callable[[], Any]:
     lab.add(lab_app)
     bench.add(app)
     exercise.add(app)
+    playground.add(app)
 
     def show_version(wanted: bool) -> None:
         if wanted:

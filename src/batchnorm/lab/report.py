@@ -125,7 +125,7 @@ def _placed(section: dict[str, Any], anchor: str) -> dict[str, Any]:
         {
             "picture": picture,
             "anchor": f"{anchor}-{picture.name}",
-            "svg": _inline(drawing, f"{anchor}-{picture.name}"),
+            "svg": figures.inline(drawing, f"{anchor}-{picture.name}"),
         }
         for picture, drawing in section["drawings"]
     ]
@@ -164,21 +164,3 @@ def _png(picture: Picture) -> bytes:
     buffer = io.BytesIO()
     picture.figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white")
     return buffer.getvalue()
-
-
-def _inline(svg: str, name: str) -> str:
-    """Return an SVG file as part of a page: no prologue or address, its own ids, the page's ink."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    # Two figures' ids would meet in one page.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    colours = {figures.INK: "ink", figures.RULE: "rule"}
-    colours |= {look.colour: f"series{i}" for i, look in enumerate(figures.LOOKS, start=1)}
-    for colour, variable in colours.items():
-        svg = svg.replace(colour.lower(), f"var(--{variable})")
-    # The page sets the size; the viewBox keeps the shape.
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1)

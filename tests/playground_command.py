@@ -1,0 +1,70 @@
+"""`batchnorm playground` in a process of its own, which tells of whatever leaves the machine."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+CODE = """
+import sys
+
+def tell(event, arguments):
+    if event == "socket.connect":
+        to = arguments[1]
+    elif event == "socket.getaddrinfo":
+        to = arguments
+    else:
+        return
+    host = to[0] if isinstance(to, tuple) else to
+    if isinstance(host, bytes):
+        host = host.decode()
+    if host not in ("127.0.0.1", "localhost", "0.0.0.0", "::1", None):
+        print("OUTSIDE", event, to, file=sys.stderr, flush=True)
+
+sys.addaudithook(tell)
+sys.argv[0] = "batchnorm"
+from batchnorm.cli import main
+main()
+"""
+
+#: Seconds for the imports, on a busy machine.
+PATIENCE = 60
+
+
+def start(*arguments, code=CODE, **environment):
+    """Start the command, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "playground", *arguments],
+        env={**os.environ, "COLUMNS": "80", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(process, timeout=PATIENCE):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def address(process):
+    """What it prints when it is ready."""
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(finish(process))
+    return line.split()[0]
+
+
+@contextmanager
+def serving(*arguments):
+    """The process and its address; it ends with Ctrl-C, cleanly and soon."""
+    process = start("--no-browser", "--port", "0", *arguments)
+    with process:  # closes its pipes
+        try:
+            yield process, address(process)
+            process.send_signal(signal.SIGINT)
+            assert finish(process, timeout=15) == (130, "", "Starting.\n")
+        finally:
+            process.kill()
