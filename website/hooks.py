@@ -1,0 +1,136 @@
+"""What MkDocs is told beyond its configuration: the files, the navigation, what each page becomes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import sources
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from quoted import OUTCOMES
+
+#: The program that draws formulas, whole: nothing of it is loaded later.
+MATHJAX = "javascripts/tex-svg-full.js"
+
+#: Lets the search run from a file: the name is what Material's plugin `offline` looks for.
+IFRAME_WORKER = "javascripts/iframe-worker.js"
+
+#: What stands in a page behind what is quoted from results.
+SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
+SAID = {said: outcome for pair in OUTCOMES.items() for said in pair for outcome in pair[:1]}
+OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")
+
+#: Above a page that the Chinese site has in English.
+NO_CHINESE = '<p lang="zh" class="only-english">这一页只有英文。</p>'
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Navigation, scripts and styles are what there is."""
+    found = sources.files(_language(config))
+    config.nav = [
+        {title: _pages(found, folder)} for folder, title in config.extra["sections"].items()
+    ]
+    shared = _shared(config)
+    config.extra_css = [shared + name for name in sorted(found) if name.endswith(".css")]
+    scripts = sorted(name for name in found if name.endswith(".js") and name != IFRAME_WORKER)
+    config.extra_javascript = [shared + name for name in scripts]
+    config.extra["mathjax"] = shared + MATHJAX
+    config.extra["polyfills"] = [shared + IFRAME_WORKER]
+    # Its links would begin at the root of a server.
+    config.theme.static_templates.discard("404.html")
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Of docs, and of what is outside it, what the site is made of."""
+    for file in list(files):
+        if file.src_dir == config.docs_dir:
+            files.remove(file)
+    for place, path in sources.files(_language(config)).items():
+        if place.startswith("source/"):
+            files.append(File.generated(config, place, content=_listing(path)))
+        else:
+            files.append(_file(config, place, path))
+    files.append(_file(config, MATHJAX, _mathjax()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links as they are in the site, and outcomes linked to what they are quoted from."""
+    if page.file.abs_src_path is None:
+        return markdown
+    markdown = sources.outside_blocks(markdown, _linked)
+    return sources.relinked(markdown, Path(page.file.abs_src_path), _language(config))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """What is not in the language of the site says so, to readers and to their programs."""
+    if _language(config) == "en" or re.search(r"[一-鿿]", page.markdown or ""):
+        return html
+    return f'{NO_CHINESE}<div lang="en">{html}</div>'
+
+
+def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Any) -> None:
+    """The other language is the same page in it."""
+    own = _language(config)
+    for language in config.extra["alternate"]:
+        same = language["lang"] == own
+        language["link"] = page.url if same else sources.other_language(page.url, own)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Without what Material would follow to a sitemap, which a page in a file may not load."""
+    return re.sub(r'<link rel="alternate"[^>]*>', "", output)
+
+
+def _linked(text: str) -> str:
+    def link(found: re.Match[str]) -> str:
+        place = f"/docs/evidence/{found['folder']}"
+        return f"[{found['said']}]({place}){{ .outcome .{SAID[found['said']]} }}"
+
+    return SOURCE.sub("", OUTCOME.sub(link, text))
+
+
+def _pages(found: dict[str, Path], folder: str) -> list[str]:
+    """The pages of a folder, its first page first."""
+    pages = [name for name in found if re.fullmatch(rf"{folder}[^/]*(/results/[^/]*)?\.md", name)]
+    return sorted(pages, key=lambda name: (not name.endswith(("/index.md", "/README.md")), name))
+
+
+def _file(config: MkDocsConfig, place: str, path: Path) -> File:
+    file = File.generated(config, place, abs_src_path=str(path))
+    if not file.is_documentation_page():
+        # Both languages have the same one.
+        file.dest_uri = _shared(config) + file.dest_uri
+    return file
+
+
+def _listing(path: Path) -> str:
+    name = path.relative_to(sources.ROOT)
+    code = path.read_text(encoding="utf-8")
+    return (
+        f"---\nsearch:\n  exclude: true\n---\n# {name.name}\n\n`{name}`\n\n"
+        f"~~~~{sources.SHOWN[path.suffix]}\n{code}~~~~\n"
+    )
+
+
+def _mathjax() -> Path:
+    """Where the package has it; its name is none that could be imported."""
+    found = importlib.util.find_spec("sphinx-mathjax-offline")
+    assert found is not None  # noqa: S101 - the extra `site` has it
+    assert found.origin is not None  # noqa: S101
+    return Path(found.origin).parent / "static" / "mathjax" / "tex-svg-full.js"
+
+
+def _language(config: MkDocsConfig) -> str:
+    language: str = config.theme["language"]
+    return language
+
+
+def _shared(config: MkDocsConfig) -> str:
+    """The way to what both languages share."""
+    return "" if _language(config) == "en" else "../"
