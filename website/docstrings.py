@@ -31,4 +31,4 @@ class Docstrings(griffe.Extension):
 
 
 def _items(shape: re.Match[str]) -> str:
-    return "Shape:\n\n" + re.sub(r"^    ", "- ", shape[1], flags=re.MULTILINE)
+    return "**Shape:**\n\n" + re.sub(r"^    ", "- ", shape[1], flags=re.MULTILINE)

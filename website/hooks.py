@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
 SAID = {said: outcome for pair in OUTCOMES.items() for said in pair for outcome in pair[:1]}
 OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")
 
+#: A formula and the punctuation behind it, which must not begin a line.
+FORMULA = re.compile(r'<span class="arithmatex">[^<]*</span>[，。；：、？！）”’,.;:?!)]+')
+
 #: Above a page that the Chinese site has in English.
 NO_CHINESE = '<p lang="zh" class="only-english">这一页只有英文。</p>'
 
@@ -31,13 +35,15 @@ NO_CHINESE = '<p lang="zh" class="only-english">这一页只有英文。</p>'
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Navigation, scripts and styles are what there is."""
     found = sources.files(_language(config))
+    titles = config.extra["titles"]
     config.nav = [
-        {title: _pages(found, folder)} for folder, title in config.extra["sections"].items()
+        {section: [{titles[page]: page} if page in titles else page for page in _pages(found, folder)]}
+        for folder, section in config.extra["sections"].items()
     ]
     shared = _shared(config)
-    config.extra_css = [shared + name for name in sorted(found) if name.endswith(".css")]
+    config.extra_css += [shared + name for name in sorted(found) if name.endswith(".css")]
     scripts = sorted(name for name in found if name.endswith(".js") and name != IFRAME_WORKER)
-    config.extra_javascript = [shared + name for name in scripts]
+    config.extra_javascript += [shared + name for name in scripts]
     config.extra["mathjax"] = shared + MATHJAX
     config.extra["polyfills"] = [shared + IFRAME_WORKER]
     # Its links would begin at the root of a server.
@@ -68,8 +74,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """What is not in the language of the site says so, to readers and to their programs."""
-    if _language(config) == "en" or re.search(r"[一-鿿]", page.markdown or ""):
+    """What only a page as a browser has it can be told."""
+    html = FORMULA.sub(r'<span class="together">\g<0></span>', html)
+    if _language(config) == "en":
+        return html
+
+    def raised(found: re.Match[str]) -> str:
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(page.url), found[2]))
+        return f"{found[1]}../{found[2]}" if place in shared else found[0]
+
+    shared = {file.src_uri for file in files if file.dest_uri.startswith("../")}
+    html = re.sub(r'((?:src|href)=")([^"#]*)', raised, html)
+    if re.search(r"[一-鿿]", page.markdown or ""):
         return html
     return f'{NO_CHINESE}<div lang="en">{html}</div>'
 
@@ -96,16 +112,18 @@ def _linked(text: str) -> str:
 
 
 def _pages(found: dict[str, Path], folder: str) -> list[str]:
-    """The pages of a folder, its first page first."""
-    pages = [name for name in found if re.fullmatch(rf"{folder}[^/]*(/results/[^/]*)?\.md", name)]
-    return sorted(pages, key=lambda name: (not name.endswith(("/index.md", "/README.md")), name))
+    """The pages of a folder in the order in which its first page, the first of all, names them."""
+    pages = [page for page in sorted(found) if re.fullmatch(rf"{folder}(results/)?[^/]*\.md", page)]
+    first = next(page for page in pages if page.endswith(("index.md", "README.md")))
+    named = [first, *map(sources.address, sources.targets(found[first]))]
+    return sorted(pages, key=lambda page: named.index(page) if page in named else len(named))
 
 
 def _file(config: MkDocsConfig, place: str, path: Path) -> File:
     file = File.generated(config, place, abs_src_path=str(path))
-    if not file.is_documentation_page():
-        # Both languages have the same one.
-        file.dest_uri = _shared(config) + file.dest_uri
+    if not place.endswith(".md"):
+        # Both languages have the same one; MkDocs leaves the way up out of the links to it.
+        file.dest_uri = _shared(config) + place
     return file
 
 

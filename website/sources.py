@@ -43,6 +43,7 @@ ELSEWHERE = {
     "README.md": "overview.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
     "src/batchnorm/kernels/README.md": "derivation.md",
 }
 
@@ -64,7 +65,7 @@ def files(language: str) -> dict[str, Path]:
     found = {address(name): ROOT / name for name in names}
     for path in list(found.values()):
         if path.suffix == ".md":
-            for target in _targets(path):
+            for target in targets(path):
                 if Path(target).suffix in SHOWN and (ROOT / target).is_file():
                     found[address(target)] = ROOT / target
     return found
@@ -119,8 +120,8 @@ def outside_blocks(markdown: str, change: Callable[[str], str]) -> str:
     return "".join(parts)
 
 
-def _targets(path: Path) -> list[str]:
-    """Every file of the repository that a page links to."""
+def targets(path: Path) -> list[str]:
+    """Every file of the repository that a page links to, in the page's order."""
     name = path.relative_to(ROOT).as_posix()
     text = BLOCKS.sub("", path.read_text(encoding="utf-8"))
     return [_target(name, found["target"]) for found in LINK.finditer(text)]
