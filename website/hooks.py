@@ -25,6 +25,9 @@ SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
 SAID = {said: outcome for pair in OUTCOMES.items() for said in pair for outcome in pair[:1]}
 OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")
 
+#: How a line begins in which a page lists others: in a table, a list or an enumeration.
+LISTED = r"\||- |\d+\. "
+
 #: A formula and the punctuation behind it, which must not begin a line.
 FORMULA = re.compile(r'<span class="arithmatex">[^<]*</span>[，。；：、？！）”’,.;:?!)]+')
 
@@ -112,10 +115,10 @@ def _linked(text: str) -> str:
 
 
 def _pages(found: dict[str, Path], folder: str) -> list[str]:
-    """The pages of a folder in the order in which its first page, the first of all, names them."""
+    """The pages of a folder in the order in which its first page lists them."""
     pages = [page for page in sorted(found) if re.fullmatch(rf"{folder}(results/)?[^/]*\.md", page)]
     first = next(page for page in pages if page.endswith(("index.md", "README.md")))
-    named = [first, *map(sources.address, sources.targets(found[first]))]
+    named = [first, *map(sources.address, sources.targets(found[first], LISTED))]
     return sorted(pages, key=lambda page: named.index(page) if page in named else len(named))
 
 

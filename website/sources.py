@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LANGUAGES = ("en", "zh")
 
 #: What the site is made of.
 PATTERNS = (
@@ -120,11 +121,12 @@ def outside_blocks(markdown: str, change: Callable[[str], str]) -> str:
     return "".join(parts)
 
 
-def targets(path: Path) -> list[str]:
-    """Every file of the repository that a page links to, in the page's order."""
+def targets(path: Path, lines: str = "") -> list[str]:
+    """Every file of the repository that a page links to, in its order; in lines that begin so."""
     name = path.relative_to(ROOT).as_posix()
     text = BLOCKS.sub("", path.read_text(encoding="utf-8"))
-    return [_target(name, found["target"]) for found in LINK.finditer(text)]
+    kept = "\n".join(line for line in text.splitlines() if re.match(lines, line))
+    return [_target(name, found["target"]) for found in LINK.finditer(kept)]
 
 
 def _target(name: str, link: str) -> str:
