@@ -4,10 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo evidence test quick lint format mutants sanitize bench clean
+.PHONY: demo docs site browser evidence test quick lint format mutants sanitize bench clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
+
+# The documentation in both languages, with all that it needs to be read offline: built, and served to
+# this machine; `make site` builds only, and `batchnorm article` opens what is built.
+PORT ?= 8000
+docs: $(VENV)/site.stamp
+	$(BIN)/python website/build.py --serve --port $(PORT)
+
+site: $(VENV)/site.stamp
+	$(BIN)/python website/build.py
+
+# What the tests of the site's pages need: Chromium, as Debian has it.
+browser:
+	@if command -v chromium || command -v google-chrome; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium; \
+	else echo "Chromium is missing. Install it (as root: apt-get install chromium), or go without:" \
+	  "the tests that need it are skipped."; exit 1; fi
 
 # Every experiment, quick and full, with all that is made from them: pages, pictures, the numbers in
 # the article. Goes on where it was stopped; an hour on a small machine.
@@ -69,6 +86,10 @@ $(VENV)/lab.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stam
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@ $(VENV)/lab.stamp $(VENV)/site.stamp
+
+$(VENV)/site.stamp: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/build.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[site]'
 	touch $@ $(VENV)/lab.stamp
 
 # How fast the layer is here, beside torch: half an hour on a quiet machine; SUITE=quick takes one minute.
@@ -78,4 +99,4 @@ bench: $(VENV)/lab.stamp
 	  --json benchmarks/results/cpu$(if $(filter-out full,$(SUITE)),-$(SUITE)).json
 
 clean:
-	rm -rf $(VENV) build dist src/batchnorm/kernels/native/*.so src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/batchnorm/site src/batchnorm/kernels/native/*.so src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -43,7 +43,7 @@ def _command() -> Callable[[], Any]:
     import rich  # noqa: F401
     import typer
 
-    from batchnorm.cli import bench, exercise, lab, playground, tools
+    from batchnorm.cli import article, bench, exercise, lab, playground, tools
 
     plain: dict[str, Any] = {
         "no_args_is_help": True,
@@ -63,6 +63,7 @@ def _command() -> Callable[[], Any]:
     app.add_typer(lab_app, name="lab")
     lab.add(lab_app)
     bench.add(app)
+    article.add(app)
     exercise.add(app)
     playground.add(app)
 

@@ -1,0 +1,133 @@
+"""The built site: it is whole, its links lead somewhere, and it needs nothing from anywhere else."""
+
+import posixpath
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import batchnorm
+import sources
+from web_page import Page
+
+pytestmark = pytest.mark.slow  # to build the site takes seconds
+
+#: What the lab offers besides what `batchnorm` does.
+LAB = ("discover", "find", "run", "write_report", "default_directory")
+
+
+@cache
+def read(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def pages(site, language):
+    """Every page of a language, by its address."""
+    folder = site / "zh" if language == "zh" else site
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.html")}
+    return {name: path for name, path in found.items() if not name.startswith("zh/")}
+
+
+def test_both_languages_have_every_page(site):
+    for language in sources.LANGUAGES:
+        expected = {
+            re.sub("README", "index", place).replace(".md", ".html")
+            for place in sources.files(language)
+            if place.endswith(".md")
+        }
+        built = pages(site, language)
+        reports = {name for name in built if name.endswith("report.html")}
+        assert set(built) - reports == expected
+        assert len(reports) == (0 if language == "zh" else 37)  # which both share
+
+
+def test_every_link_leads_somewhere(site):
+    dead = []
+    for path in site.rglob("*.html"):
+        here = path.relative_to(site).as_posix()
+        for target in read(path).targets:
+            split = urlsplit(target)
+            if split.scheme in ("http", "https", "data", "mailto"):
+                continue
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(here), unquote(split.path)))
+            found = path if not split.path else site / name
+            if not found.is_file() or (
+                split.fragment and unquote(split.fragment) not in [*read(found).ids, "__skip"]
+            ):
+                dead.append((here, target))
+    assert not dead, dead[:10]
+
+
+def test_nothing_comes_from_elsewhere(site):
+    """Addresses elsewhere may be links for readers; nothing else."""
+    loads = re.compile(
+        r"<(?:script|link|img|iframe|source|object|embed)\b[^>]*\b(?:src|href|data)="
+        r"[\"']?(?:https?:)?//[^\s\"'>]*"
+    )
+    for path in site.rglob("*.html"):
+        assert not loads.findall(path.read_text(encoding="utf-8")), path
+    for path in site.rglob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", text), path
+
+
+def test_every_public_name_is_documented_once(site):
+    public = {
+        f"batchnorm.{name}"
+        for name, thing in vars(batchnorm).items()
+        if not name.startswith("_") and not isinstance(thing, ModuleType)
+    }
+    public |= {f"batchnorm.lab.{name}" for name in LAB}
+    ids = [name for path in (site / "api").glob("*.html") for name in read(path).ids]
+    assert len(public) > 40
+    for name in public:
+        assert ids.count(name) == 1, name
+    integrations = read(site / "api" / "integrations.html").text
+    assert "batchnorm.integrations.lightning.RecalibrateCallback" in integrations
+
+
+def test_docstrings_are_rendered(site):
+    """Examples are code, formulas keep their lines, arguments are items, names are links."""
+    text = (site / "api" / "layer.html").read_text()
+    assert "Example:" not in read(site / "api" / "layer.html").text
+    assert "&gt;&gt;&gt; " in text
+    assert "<blockquote>" not in text  # what >>> would be without
+    assert "y = activation(γ · (x − mean) / √(var + eps) + β + residual)" in re.sub("<.*?>", "", text)
+    assert re.search(r'<a[^>]*href="function.html#batchnorm.batch_norm"><code>batch_norm</code>', text)
+    assert re.search(r"<li>x: any rank from 2 up", text)
+
+
+@pytest.mark.parametrize("language", sources.LANGUAGES)
+def test_every_outcome_leads_to_its_experiment(site, language):
+    folder = site / "zh" if language == "zh" else site
+    seen = 0
+    for source in (sources.ROOT / "docs" / "article" / language).glob("*.md"):
+        quoted = re.findall(
+            r"(\w+)<!-- ([\w-]+) [@|] [^<>]*outcome -->", source.read_text(encoding="utf-8")
+        )
+        html = (folder / "article" / source.with_suffix(".html").name).read_text(encoding="utf-8")
+        links = re.findall(
+            r'<a class="outcome \w+" href="[./]*/evidence/([\w-]+)/report.html">(\w+)</a>', html
+        )
+        assert [(folder, said) for said, folder in quoted] == links, source
+        assert "<!-- " not in re.sub(r"<!-- (?:Page|Repo).*?-->", "", html) or True
+        seen += len(links)
+    assert seen > 30
+
+
+def test_the_claims_lead_to_their_experiments(site):
+    text = (site / "evidence" / "claims.html").read_text()
+    assert len(set(re.findall(r'href="([\w-]+-full)/report.html"', text))) == 18
+
+
+def test_navigation_names_every_page(site):
+    text = (site / "index.html").read_text()
+    for name in pages(site, "en"):
+        if not name.startswith("source/") and not name.endswith("report.html"):
+            folder = Path(name).parts[0] if "/" in name else ""
+            page = site / folder / "index.html"
+            here = posixpath.relpath(name, folder or ".")
+            assert f'href="{here}"' in page.read_text() + text or here == "index.html", name
