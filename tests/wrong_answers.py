@@ -125,7 +125,7 @@ def update(m, v, x, momentum=0.1):
     ),
     (
         4,
-        "*output* channel",
+        "output channel",
         made(
             4, ("weight * rows", "weight * (scale if weight.shape[0] == weight.shape[1] else rows)")
         ),
