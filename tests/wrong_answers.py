@@ -415,7 +415,7 @@ def pooled(batches):
             ),
         ),
     ),
-    (9, "do not multiply by mask", made(9, ("torch.where(keep, x, 0.0)", "x * keep"))),
+    (9, "To multiply by mask does not help", made(9, ("torch.where(keep, x, 0.0)", "x * keep"))),
     (
         9,
         "where came after",
