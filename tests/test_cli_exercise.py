@@ -1,5 +1,6 @@
 """`batchnorm exercise`: what it prints in both languages, writes and ends in."""
 
+import io
 import os
 import pty
 import subprocess
@@ -7,9 +8,12 @@ import sys
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
+from rich.markdown import Markdown
 from typer.testing import CliRunner
 
 from batchnorm import cli, exercises
+from batchnorm.cli.exercise import _fitted
 from batchnorm.cli.language import choose_language
 from batchnorm.cli.printing import wrapped
 from batchnorm.errors import ArgumentError
@@ -97,6 +101,21 @@ def test_a_task_in_a_pipe_is_markdown(number, language):
     assert code == 0
     assert ALL[number].task.said(language).strip() in out
     assert f"batchnorm exercise {number} --start my.py" in out
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_broken_lines_change_nothing_else(number):
+    """Neither a line that begins like a list's item nor code that becomes prose."""
+    task = ALL[number].task.zh.strip()
+    for width in range(40, 121, 4):
+        broken, whole = (drawn(text, width) for text in (_fitted(task, width), task))
+        assert "".join(broken.split()) == "".join(whole.split())
+
+
+def drawn(text, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(Markdown(text))
+    return console.file.getvalue()
 
 
 def test_a_task_on_a_terminal_is_drawn():

@@ -125,7 +125,7 @@ def update(m, v, x, momentum=0.1):
     ),
     (
         4,
-        "*output* channel",
+        "output channel",
         made(
             4, ("weight * rows", "weight * (scale if weight.shape[0] == weight.shape[1] else rows)")
         ),
@@ -415,7 +415,7 @@ def pooled(batches):
             ),
         ),
     ),
-    (9, "do not multiply by mask", made(9, ("torch.where(keep, x, 0.0)", "x * keep"))),
+    (9, "To multiply by mask does not help", made(9, ("torch.where(keep, x, 0.0)", "x * keep"))),
     (
         9,
         "where came after",

@@ -148,9 +148,18 @@ def _show(exercise: Exercise, language: Language) -> None:
     task = f"{heading}\n\n{exercise.task.said(language).strip()}\n\n{after}"
     console = Console()
     if console.is_terminal:
-        console.print(Markdown(task))
+        console.print(Markdown(_fitted(task, console.width) if language == "zh" else task))
     else:  # for a file or a pager: Markdown as it is
         print_text(console, task)
+
+
+def _fitted(task: str, width: int) -> str:
+    """Markdown whose lines are broken for rich, which would do it between words only."""
+    # Two spaces end a line for good; a list's mark takes three columns; indented lines are code.
+    return "\n".join(
+        line if line.startswith("    ") else "  \n".join(wrapped(line, width - 3))
+        for line in task.splitlines()
+    )
 
 
 def _start(exercise: Exercise, path: Path, language: Language) -> None:

@@ -122,7 +122,7 @@ EXERCISE = Exercise(
     chapter="04-train-and-eval.md",
     task=Text(
         """
-一个训练批次 `x` 之后，更新运行均值和运行方差。两者*就地*改写，什么都不返回。
+一个训练批次 `x` 之后，更新运行均值和运行方差。两者就地改写，什么都不返回。
 
     running ← (1 − α) · running + α · 新值
 
@@ -133,7 +133,7 @@ EXERCISE = Exercise(
 """,
         """
 After a batch `x` of training, update the running mean and the running variance.
-Write *into* both, and return nothing.
+Write into both, and return nothing.
 
     running ← (1 − α) · running + α · new value
 

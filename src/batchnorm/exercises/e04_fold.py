@@ -18,8 +18,8 @@ _NO_ROOT = Text(
 )
 _NO_GAMMA = Text("γ 没有进权重。", "γ is not in the weight.")
 _INPUTS = Text(
-    "这是缩放了输入轴。每个*输出*通道有自己的 a，也就是权重的第 0 轴。",
-    "This scales the axis of the inputs. Each *output* channel has its a: the weight's axis 0.",
+    "这是缩放了输入轴。每个输出通道有自己的 a，也就是权重的第 0 轴。",
+    "This scales the axis of the inputs. Each output channel has its a: the weight's axis 0.",
 )
 _NO_MEAN = Text("均值没有减。", "The mean was not subtracted.")
 _NO_BETA = Text("β 没有加。", "β was not added.")
@@ -86,7 +86,7 @@ EXERCISE = Exercise(
     chapter="03-mathematics.md",
     task=Text(
         """
-评估时，统计量是常数，批量归一化只是 y = a·x + b。把它并进前面的线性层或卷积，返回新的权重和偏置 `(weight, bias)`，使得
+评估时，统计量是常数，批量归一化只是每个通道的一次仿射变换。把它并进前面的线性层或卷积，返回新的权重和偏置 `(weight, bias)`，使得
 
     新层(x) = 归一化(旧层(x))
 
@@ -95,8 +95,8 @@ EXERCISE = Exercise(
 """,  # noqa: E501 (a line break would show as a space)
         """
 In evaluation the statistics are constants, and batch normalization is no more
-than y = a·x + b. Fold it into the linear layer or convolution before it: return
-a new `(weight, bias)` so that
+than an affine map of each channel. Fold it into the linear layer or convolution
+before it: return a new `(weight, bias)` so that
 
     new_layer(x) = normalization(old_layer(x))
 

@@ -16,7 +16,7 @@ _UNWEIGHTED = Text(
     "This is the mean of the two means. The larger part weighs more: μ = μ_a + (n_b / n)·d.",
 )
 _NO_BETWEEN = Text(
-    "只加了 M_a + M_b，少了两组*之间*的一项：(n_a·n_b / n)·d²。",
+    "只加了 M_a + M_b，少了两组之间的一项：(n_a·n_b / n)·d²。",
     "This is M_a + M_b alone. What is between the parts is missing: (n_a·n_b / n)·d².",
 )
 _AVERAGED = Text("M 是平方和：相加，不取平均。", "M is a sum of squares: add, do not average.")

@@ -16,13 +16,13 @@ _UNWEIGHTED = Text(
     "This is the mean of the batches' means. They are of different sizes: weigh them by count.",
 )
 _OF_VARIANCES = Text(
-    "这是各批方差的平均，少了各批均值*之间*的差别。合并 (count, mean, m2)，见练习 6。",
-    "This is the mean of the batches' variances, without what is *between* their means. Merge "
+    "这是各批方差的平均，少了各批均值之间的差别。合并 (count, mean, m2)，见练习 6。",
+    "This is the mean of the batches' variances, without what is between their means. Merge "
     "(count, mean, m2), as in exercise 6.",
 )
 _WEIGHTED = Text(
-    "加权对了，但仍少了各批均值*之间*的差别。合并 (count, mean, m2)，见练习 6。",
-    "The weights are right, but what is *between* the batches' means is still missing. Merge "
+    "加权对了，但仍少了各批均值之间的差别。合并 (count, mean, m2)，见练习 6。",
+    "The weights are right, but what is between the batches' means is still missing. Merge "
     "(count, mean, m2), as in exercise 6.",
 )
 _BIASED = Text(
@@ -123,14 +123,14 @@ EXERCISE = Exercise(
     chapter="04-train-and-eval.md",
     task=Text(
         """
-`batches` 依次给出许多批次，每批的形状是 (N, C)，N 各不相同，类型 float64。返回全部数据的 `(mean, var)`：每个通道的均值和*无偏*方差，精确，与数据怎样分批无关。
+`batches` 依次给出许多批次，每批的形状是 (N, C)，N 各不相同，类型 float64。返回全部数据的 `(mean, var)`：每个通道的均值和无偏方差，精确，与数据怎样分批无关。
 
 `recalibrate` 做的就是这件事。`batches` 可能是生成器，只能读一遍。
 """,  # noqa: E501 (a line break would show as a space)
         """
 `batches` gives many batches one by one, of the shape (N, C), each with an N of
 its own, in float64. Return `(mean, var)` of all the data: the mean and the
-*unbiased* variance of each channel, exact, and whatever the data were split
+unbiased variance of each channel, exact, and whatever the data were split
 into.
 
 This is what `recalibrate` does. `batches` may be a generator, which can be read

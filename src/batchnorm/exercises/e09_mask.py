@@ -32,8 +32,9 @@ _EACH = Text(
     "count together.",
 )
 _NAN = Text(
-    "0 · NaN 还是 NaN：不要乘 mask。用 torch.where(mask, x, 0)，或按 mask 取出元素。",
-    "0 · NaN is NaN: do not multiply by mask. Use torch.where(mask, x, 0), or index by mask.",
+    "填充里的 NaN 进来了。乘 mask 没有用，0 · NaN 还是 NaN：用 torch.where，或按 mask 取出元素。",
+    "NaN of the padding got in. To multiply by mask does not help, as 0 · NaN is NaN: use "
+    "torch.where, or index by mask.",
 )
 _NAN_GRADIENT = Text(
     "前向是对的，反向却得到 0 · NaN：where 放在了运算之后。先把填充换掉，再做减法和平方。",
@@ -57,8 +58,10 @@ def _counted(x: Tensor, mask: Tensor) -> Tensor:
     return x.double().transpose(1, 2)[mask]
 
 
-def _compare(answer: Answer, x: Tensor, mask: Tensor) -> None:
+def _compare(answer: Answer, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What the answer finds, if it is right."""
     mean, var = parts(answer.call("statistics", x, mask), ("mean", "var"))
+    x = x.detach()
     inside, outside = _counted(x, mask), _counted(x, ~mask)
     right, every = inside.mean(0), x.double().transpose(1, 2).flatten(0, 1)
     share = len(inside) / len(every)
@@ -91,6 +94,7 @@ def _compare(answer: Answer, x: Tensor, mask: Tensor) -> None:
             Mistake(squares / (len(inside) - 1), _UNBIASED),
         ),
     )
+    return mean, var
 
 
 def _zeros(answer: Answer, random: Generator) -> None:
@@ -113,10 +117,8 @@ def _gradient(answer: Answer, random: Generator) -> None:
     (inside,) = torch.autograd.grad(totals, wide)
     expected = torch.zeros_like(x, dtype=torch.float64).transpose(1, 2)
     expected[mask] = inside
-    x.requires_grad_()
-    mean, var = parts(answer.call("statistics", x, mask), ("mean", "var"))
-    total = d_mean @ mean + d_var @ var
-    (found,) = torch.autograd.grad(total, x)
+    mean, var = _compare(answer, x.requires_grad_(), mask)
+    (found,) = torch.autograd.grad(d_mean @ mean + d_var @ var, x)
     expected = expected.transpose(1, 2)
     rotten = expected.masked_fill(~mask[:, None], torch.nan)
     everywhere = torch.full_like(expected, torch.nan)
