@@ -15,15 +15,9 @@ import gradio as gr
 from batchnorm.lab.data import load
 from batchnorm.playground import drawing
 from batchnorm.playground.presets import PRESETS
+from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
 from batchnorm.playground.texts import LANGUAGES, TEXTS, paragraph, progress, refusal
-from batchnorm.playground.training import (
-    CHOICES,
-    RANGES,
-    SettingError,
-    Settings,
-    Snapshot,
-    train,
-)
+from batchnorm.playground.training import Snapshot, train
 
 #: Seconds of training between two frames: drawing one takes a third as long.
 PAUSE = 0.5

@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from batchnorm import figures
 from batchnorm.figures import LOOKS, with_looks
-from batchnorm.playground.training import ARMS, BINS, SPAN, Settings, Snapshot
+from batchnorm.playground.settings import Settings
+from batchnorm.playground.training import ARMS, BINS, SPAN, Snapshot
 
 History = Sequence[Snapshot]
 
@@ -83,7 +84,7 @@ def _loss(figure: Figure, history: History, settings: Settings) -> None:
     _logarithmic(axes)
     low, high = axes.get_ylim()
     # From where it begins to a tenth of that at least: less would be an axis without a number.
-    axes.set_ylim(min(low, 0.2), min(max(high, 3.0), HIGHEST_LOSS))
+    axes.set_ylim(min(low, 0.09), min(max(high, 3.0), HIGHEST_LOSS))
 
 
 def _accuracy(figure: Figure, history: History, settings: Settings) -> None:

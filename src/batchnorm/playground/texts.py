@@ -5,15 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 
-from batchnorm.playground.training import (
-    CHOICES,
-    NORMALIZED,
-    PLAIN,
-    RANGES,
-    SettingError,
-    Settings,
-    Snapshot,
-)
+from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
+from batchnorm.playground.training import NORMALIZED, PLAIN, Snapshot
 
 #: By language, in its own words.
 LANGUAGES = {"zh": "中文", "en": "English"}
