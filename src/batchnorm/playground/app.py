@@ -82,11 +82,6 @@ class Playground:
         self.stop(request)
         self.runs.pop(str(request.session_hash), None)
 
-    def stop_all(self) -> None:
-        """End every training."""
-        for run in list(self.runs.values()):
-            run.stopped.set()
-
     def reset(self, request: gr.Request, language: str) -> list[Any]:
         """Return the page as it was at the beginning."""
         self.leave(request)
