@@ -57,10 +57,26 @@ def address(process):
     return line.split()[0]
 
 
+#: Tells of tabs whose runs are still kept at the end.
+KEEPING = (
+    """
+import atexit, gc
+
+def tell_kept():
+    for one in gc.get_objects():
+        if type(one).__name__ == "Playground" and one.runs:
+            print("KEPT", one.runs.keys(), file=sys.stderr)
+
+atexit.register(tell_kept)
+"""
+    + CODE
+)
+
+
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, code=CODE):
     """The process and its address; it ends with Ctrl-C, cleanly and soon."""
-    process = start("--no-browser", "--port", "0", *arguments)
+    process = start("--no-browser", "--port", "0", *arguments, code=code)
     with process:  # closes its pipes
         try:
             yield process, address(process)

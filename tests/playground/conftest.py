@@ -8,9 +8,10 @@ from browser import chromium
 
 @pytest.fixture(scope="module")
 def served():
-    """The process and its address."""
+    """The process and its address. When all tabs are closed, nothing of them is kept."""
     pytest.importorskip("gradio")
-    with playground_command.serving("--lang", "en") as found:
+    keeping = playground_command.KEEPING
+    with playground_command.serving("--lang", "en", code=keeping) as found:
         yield found
 
 

@@ -12,8 +12,9 @@ pytest.importorskip("gradio")  # the package's import asks for it
 from batchnorm.figures import INK, LOOKS, RULE
 from batchnorm.lab.data import load
 from batchnorm.playground import drawing
+from batchnorm.playground.settings import Settings
 from batchnorm.playground.texts import TEXTS
-from batchnorm.playground.training import ARMS, Settings, train
+from batchnorm.playground.training import ARMS, train
 
 SETTINGS = Settings(depth=3, steps=20)
 

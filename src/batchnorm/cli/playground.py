@@ -44,7 +44,10 @@ def add(app: typer.Typer) -> None:
             ),
         ] = None,
         browser: Annotated[
-            bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
+            bool,
+            typer.Option(
+                "--browser/--no-browser", metavar=" ", help="Open the page in a browser, or not."
+            ),
         ] = True,
     ) -> None:
         language = choose_language(lang)

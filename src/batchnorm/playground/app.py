@@ -15,15 +15,9 @@ import gradio as gr
 from batchnorm.lab.data import load
 from batchnorm.playground import drawing
 from batchnorm.playground.presets import PRESETS
-from batchnorm.playground.texts import LANGUAGES, TEXTS, paragraph, progress, refusal
-from batchnorm.playground.training import (
-    CHOICES,
-    RANGES,
-    SettingError,
-    Settings,
-    Snapshot,
-    train,
-)
+from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
+from batchnorm.playground.texts import LANGUAGES, TEXTS, Words, paragraph, progress, refusal
+from batchnorm.playground.training import Snapshot, train
 
 #: Seconds of training between two frames: drawing one takes a third as long.
 PAUSE = 0.5
@@ -87,11 +81,6 @@ class Playground:
         """Forget a tab that was closed."""
         self.stop(request)
         self.runs.pop(str(request.session_hash), None)
-
-    def stop_all(self) -> None:
-        """End every training."""
-        for run in list(self.runs.values()):
-            run.stopped.set()
 
     def reset(self, request: gr.Request, language: str) -> list[Any]:
         """Return the page as it was at the beginning."""
@@ -201,7 +190,7 @@ def _end(run: Run) -> str:
     return "done" if run.history[-1].step == run.settings.steps else "ended"
 
 
-def _shown(run: Run | None, words: Any) -> list[str]:
+def _shown(run: Run | None, words: Words) -> list[str]:
     """Return status and pictures."""
     if run is None:
         return [paragraph([words["ready"]], "ready"), ""]
@@ -219,15 +208,15 @@ def _enabled(*, running: bool) -> list[Any]:
     return [gr.update(interactive=on) for on in (not running, running, not running, not running)]
 
 
-def _heading(words: Any) -> str:
+def _heading(words: Words) -> str:
     return f"<h1>{words['title']}</h1><p>{words['intro']}</p>"
 
 
-def _hint(preset: str | None, words: Any) -> str:
+def _hint(preset: str | None, words: Words) -> str:
     return words[f"look.{preset}"] if preset else ""
 
 
-def _presets(words: Any) -> list[tuple[str, str]]:
+def _presets(words: Words) -> list[tuple[str, str]]:
     return [(words[f"preset.{name}"], name) for name in PRESETS]
 
 
@@ -243,13 +232,13 @@ def _values(settings: Settings) -> dict[str, Any]:
     return {name: values[name] for name in CONTROLS}
 
 
-def _choices(name: str, words: Any) -> dict[str, Any]:
+def _choices(name: str, words: Words) -> dict[str, Any]:
     if name not in CHOICES:
         return {}
     return {"choices": [(words.get(f"{name}.{key}", key), key) for key in CHOICES[name]]}
 
 
-def _button(name: str, words: Any) -> gr.Button:
+def _button(name: str, words: Words) -> gr.Button:
     return gr.Button(
         words[name],
         elem_id=name,
@@ -259,7 +248,7 @@ def _button(name: str, words: Any) -> gr.Button:
     )
 
 
-def _control(name: str, words: Any, first: Settings) -> Any:
+def _control(name: str, words: Words, first: Settings) -> Any:
     common = {"value": _values(first)[name], "label": words[name], "elem_id": name}
     if name in CHOICES:
         return gr.Dropdown(**_choices(name, words), **common)

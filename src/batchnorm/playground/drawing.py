@@ -11,7 +11,7 @@ import io
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from batchnorm import figures
 from batchnorm.figures import LOOKS, with_looks
-from batchnorm.playground.training import ARMS, BINS, SPAN, Settings, Snapshot
+from batchnorm.playground.settings import Settings
+from batchnorm.playground.texts import Words
+from batchnorm.playground.training import ARMS, BINS, SPAN, Snapshot
 
 History = Sequence[Snapshot]
 
@@ -47,7 +49,7 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LOCK = threading.Lock()
 
 
-def draw(history: History, settings: Settings, words: Mapping[str, str]) -> str:
+def draw(history: History, settings: Settings, words: Words) -> str:
     """Return the pictures as HTML: loss, accuracy, gradients, and inputs of the activations.
 
     Args:
@@ -73,7 +75,7 @@ def _svg(paint: Callable[[Figure, History, Settings], None], *what: Any) -> str:
     return buffer.getvalue()
 
 
-def _translated(svg: str, words: Mapping[str, str]) -> str:
+def _translated(svg: str, words: Words) -> str:
     return re.sub(r">([^<>]+)</text>", lambda text: f">{words.get(text[1], text[1])}</text>", svg)
 
 
@@ -83,7 +85,7 @@ def _loss(figure: Figure, history: History, settings: Settings) -> None:
     _logarithmic(axes)
     low, high = axes.get_ylim()
     # From where it begins to a tenth of that at least: less would be an axis without a number.
-    axes.set_ylim(min(low, 0.2), min(max(high, 3.0), HIGHEST_LOSS))
+    axes.set_ylim(min(low, 0.09), min(max(high, 3.0), HIGHEST_LOSS))
 
 
 def _accuracy(figure: Figure, history: History, settings: Settings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from batchnorm.playground.training import Settings
+from batchnorm.playground.settings import Settings
 
 #: The first is what the page begins with.
 PRESETS: Mapping[str, Settings] = {

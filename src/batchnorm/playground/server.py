@@ -5,14 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from batchnorm.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from batchnorm.playground.app import Playground
 
 #: Where the search for a free port begins, and how many are tried: Gradio's.
 PORT, TRIES = 7860, 100
@@ -83,17 +77,29 @@ def address(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make(language: str) -> tuple[FastAPI, Playground]:
-    """Return the application, and what trains in it."""
+def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> None:
+    """Serve the page until the process is interrupted; trainings end with it.
+
+    Args:
+        found: where to listen.
+        language: of the page at first, "zh" or "en".
+        ready: is called when the page can be asked for.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after everything has been closed.
+    """
     import fastapi
     import gradio as gr
+    import torch
+    import uvicorn
 
     from batchnorm.playground.app import CSS, Playground
 
-    playground = Playground()
+    # A second thread gains nothing with layers this small, and every tab trains in one of its own.
+    torch.set_num_threads(1)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(),
-        playground.page(language),
+        Playground().page(language),
         path="/",
         theme=gr.themes.Base(font="system-ui", font_mono="monospace"),  # others are fetched
         css_paths=[CSS],
@@ -105,33 +111,6 @@ def make(language: str) -> tuple[FastAPI, Playground]:
         enable_monitoring=False,
         mcp_server=False,
     )
-    return app, playground
-
-
-def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> None:
-    """Serve the page until the process is interrupted; no training goes on after that.
-
-    Args:
-        found: where to listen.
-        language: of the page at first, "zh" or "en".
-        ready: is called when the page can be asked for.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C, after everything has been closed.
-    """
-    import torch
-    import uvicorn
-
-    app, playground = make(language)
-    # A second thread gains nothing with layers this small, and every tab trains in one of its own.
-    torch.set_num_threads(1)
     ready()
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # First, because what still trains is waited for.
-            playground.stop_all()
-            await super().shutdown(sockets)
-
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE)
-    Server(config).run(sockets=[found])
+    uvicorn.Server(config).run(sockets=[found])

@@ -5,15 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 
-from batchnorm.playground.training import (
-    CHOICES,
-    NORMALIZED,
-    PLAIN,
-    RANGES,
-    SettingError,
-    Settings,
-    Snapshot,
-)
+from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
+from batchnorm.playground.training import NORMALIZED, PLAIN, Snapshot
 
 #: By language, in its own words.
 LANGUAGES = {"zh": "中文", "en": "English"}
@@ -22,8 +15,8 @@ _EN = {
     "title": "Batch normalization: the playground",
     "intro": (
         "Two networks learn to read handwritten digits. They begin with the same weights and see "
-        "the same batches; one has batch normalization after every hidden layer, the other has "
-        "none. Choose an example or settings of your own, and press Start."
+        "the same batches; one has batch normalization before every activation function, the other "
+        "has none. Choose an example or settings of your own, and press Start."
     ),
     "language": "Language",
     "example": "Example",
@@ -113,8 +106,8 @@ _EN = {
 _ZH = {
     "title": "批量归一化：实验场",
     "intro": (
-        "两个网络学习识别手写数字。它们的初始权重相同，每一步看到的批次也相同；一个在每个隐藏层之后有"
-        "批量归一化（batch normalization），另一个没有。选一个例子，或自己设定，然后按“开始”。"
+        "两个网络学习识别手写数字。它们的初始权重相同，每一步看到的批次也相同；其中一个在每个激活函数之前"
+        "有批量归一化（batch normalization），另一个没有。选一个例子，或自己设定，然后按“开始”。"
     ),
     "language": "语言",
     "example": "例子",
@@ -191,10 +184,12 @@ _ZH = {
     NORMALIZED: "批量归一化",
 }
 
-TEXTS: Mapping[str, Mapping[str, str]] = {"zh": _ZH, "en": _EN}
+Words = Mapping[str, str]
+
+TEXTS: Mapping[str, Words] = {"zh": _ZH, "en": _EN}
 
 
-def refusal(words: Mapping[str, str], error: SettingError) -> str:
+def refusal(words: Words, error: SettingError) -> str:
     """Say what is wrong with a setting.
 
     >>> refusal(TEXTS["en"], SettingError("batch", 1))
@@ -210,7 +205,7 @@ def refusal(words: Mapping[str, str], error: SettingError) -> str:
     return words[kind].format(low=f"{limits.low:g}", high=f"{limits.high:g}", **known)
 
 
-def progress(words: Mapping[str, str], state: str, settings: Settings, shot: Snapshot) -> list[str]:
+def progress(words: Words, state: str, settings: Settings, shot: Snapshot) -> list[str]:
     """Say how far a run is: a sentence, and one for each network that has diverged."""
     accuracies = words["accuracies"].format(
         **{arm: f"{look.accuracy:.1%}" for arm, look in shot.looks.items()}
