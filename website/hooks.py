@@ -1,4 +1,4 @@
-"""What MkDocs is told beyond its configuration: the files, the navigation, what each page becomes."""
+"""What MkDocs is told beyond its configuration: files, navigation, what becomes of each page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import sources
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import sources
 from quoted import OUTCOMES
 
 #: The program that draws formulas, whole: nothing of it is loaded later.
@@ -22,11 +23,12 @@ IFRAME_WORKER = "javascripts/iframe-worker.js"
 
 #: What stands in a page behind what is quoted from results.
 SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
-SAID = {said: outcome for pair in OUTCOMES.items() for said in pair for outcome in pair[:1]}
+#: What each word for an outcome, in either language, stands for.
+SAID = {word: english for english, chinese in OUTCOMES.items() for word in (english, chinese)}
 OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")
 
-#: How a line begins in which a page lists others: in a table, a list or an enumeration.
-LISTED = r"\||- |\d+\. "
+#: How a line begins in which a page lists others: a table's, a list's, or the link itself.
+LISTED = r"\||- |\d+\. |\["
 
 #: A formula and the punctuation behind it, which must not begin a line.
 FORMULA = re.compile(r'<span class="arithmatex">[^<]*</span>[，。；：、？！）”’,.;:?!)]+')
@@ -40,7 +42,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     found = sources.files(_language(config))
     titles = config.extra["titles"]
     config.nav = [
-        {section: [{titles[page]: page} if page in titles else page for page in _pages(found, folder)]}
+        {
+            section: [
+                {titles[page]: page} if page in titles else page for page in _pages(found, folder)
+            ]
+        }
         for folder, section in config.extra["sections"].items()
     ]
     shared = _shared(config)
@@ -65,14 +71,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             files.append(_file(config, place, path))
     files.append(_file(config, MATHJAX, _mathjax()))
+    # What browsers ask a server for with pages that name no icon, such as the experiments' reports.
+    icon = files.get_file_from_path("assets/images/favicon.png")
+    files.append(_file(config, "favicon.ico", Path(icon.abs_src_path)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """Links as they are in the site, and outcomes linked to what they are quoted from."""
     if page.file.abs_src_path is None:
         return markdown
     markdown = sources.outside_blocks(markdown, _linked)
+    if page.file.src_uri.startswith("evidence/"):
+        # It is not there on GitHub, so the page does not link it itself.
+        markdown = markdown.replace("`report.html`", "[`report.html`](report.html)")
     return sources.relinked(markdown, Path(page.file.abs_src_path), _language(config))
 
 
@@ -84,7 +96,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
     def raised(found: re.Match[str]) -> str:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(page.url), found[2]))
-        return found[1] + (sources.way(page.url, "zh", place, "en") if place in shared else found[2])
+        return found[1] + (
+            sources.way(page.url, "zh", place, "en") if place in shared else found[2]
+        )
 
     shared = {file.src_uri for file in files if file.dest_uri.startswith("../")}
     html = re.sub(r'((?:src|href)=")([^"#]*)', raised, html)
