@@ -43,6 +43,8 @@ def refused(tmp_path):
          "RecursionError: maximum", 2),
         # Their line, though torch raised; and that of the function where no line of theirs did.
         ("def forward(x, gamma, beta, eps=1e-5):\n    y = x\n    return y @ y\n", "mat1", 3),
+        ("def g(x):\n    return x @ x\n\ndef forward(x, gamma, beta, eps=1):\n    return g(x)\n",
+         "mat1", 2),
         ("\ndef forward(x):\n    return x\n", "TypeError: forward() takes 1 positional", 2),
         ("def forward(x, gamma, beta, eps=1e-5):\n    x - 1\n", "None", 1),
         ("def forward(x, gamma, beta, eps=1e-5):\n    return 3.0\n", "float: 3.0", 1),
@@ -128,6 +130,15 @@ def test_an_answer_may_have_dataclasses_neighbours_and_a_main_part(tmp_path):
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "from of_before import forward\n\n@dataclass\nclass Point:\n    x: int = 0\n\n"
         "if __name__ == '__main__':\n    raise ValueError\n"
+    )
+    outcomes = exercises.grade(FORWARD, tmp_path / "my.py", 0)
+    assert all(outcome.wrong is None for outcome in outcomes)
+
+
+def test_an_answer_is_compiled_by_its_own_rules(tmp_path):
+    """Not with the `from __future__` of the module that compiles it."""
+    (tmp_path / "my.py").write_text(
+        RIGHT + "\ndef f(x: int): ...\nassert f.__annotations__ == {'x': int}\n"
     )
     outcomes = exercises.grade(FORWARD, tmp_path / "my.py", 0)
     assert all(outcome.wrong is None for outcome in outcomes)
