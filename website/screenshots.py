@@ -2,8 +2,9 @@
 
     make site && python website/screenshots.py
 
-Needs Chromium (`make browser`). In `docs/images`: `figure.png`, chapter 4's figure after ten updates,
-in evaluation; `playground.png`, its first example when it has trained.
+Needs Chromium (`make browser`), and a Chinese font. In `docs/images`, in each language:
+`figure-*.png`, chapter 4's figure after ten updates, in evaluation; `playground-*.png`, its first
+example when it has trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-CHAPTER = ROOT / "src" / "batchnorm" / "site" / "article" / "04-train-and-eval.html"
+SITE = ROOT / "src" / "batchnorm" / "site"
+CHAPTERS = {
+    "en": SITE / "article" / "04-train-and-eval.html",
+    "zh": SITE / "zh" / "article" / "04-train-and-eval.html",
+}
 
 #: A README is shown about 850 pixels wide; twice that is sharp where a pixel is two.
 WIDTH, SCALE = 1100, 1.5
@@ -26,19 +31,20 @@ WIDTH, SCALE = 1100, 1.5
 PATIENCE = 120
 
 
-def figure(browser: Browser) -> None:
+def figure(browser: Browser, language: str) -> None:
     """Chapter 4's figure: what running statistics that have not settled do."""
     page = browser.new_page(viewport={"width": WIDTH, "height": 900}, device_scale_factor=SCALE)
-    page.goto(CHAPTER.as_uri())
+    page.goto(CHAPTERS[language].as_uri())
     shown = page.locator(".bn-figure").first
-    shown.get_by_text("Evaluation", exact=True).click()
-    shown.screenshot(path=IMAGES / "figure.png")
+    shown.locator("input[value=eval]").check()
+    shown.screenshot(path=IMAGES / f"figure-{language}.png")
 
 
-def playground(browser: Browser) -> None:
+def playground(browser: Browser, language: str) -> None:
     """The playground's first example, from start to end."""
     command = [sys.executable, "-m", "batchnorm", "playground", "--no-browser", "--port", "0"]
-    with subprocess.Popen([*command, "--lang", "en"], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+    command += ["--lang", language]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         try:
             address = process.stdout.readline().split()[0]
             page = browser.new_page(
@@ -47,22 +53,23 @@ def playground(browser: Browser) -> None:
             page.goto(address)
             page.click("#start")
             page.wait_for_selector(".status.done", timeout=1000 * PATIENCE)
-            page.screenshot(path=IMAGES / "playground.png", full_page=True)
+            page.screenshot(path=IMAGES / f"playground-{language}.png", full_page=True)
         finally:
             process.terminate()
 
 
 def main() -> None:
     """Take them all."""
-    if not CHAPTER.exists():
-        sys.exit(f"{CHAPTER}: expected the built site; make it by: make site")
+    if missing := [chapter for chapter in CHAPTERS.values() if not chapter.exists()]:
+        sys.exit(f"{missing[0]}: expected the built site; make it by: make site")
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
-        for picture in (figure, playground):
-            picture(browser)
+        for language in CHAPTERS:
+            figure(browser, language)
+            playground(browser, language)
         browser.close()
 
 

@@ -72,7 +72,11 @@ def test_it_begins_as_the_chapters_example(page):
     assert shown == ["64", "5.0", "2.00", "1.0", "0.00", "0.10", "10"]
 
 
-@pytest.mark.parametrize(("name", "value", "mode", "expected"), MOVES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "value", "mode", "expected"),
+    MOVES,
+    ids=[f"{name} {value} {mode}" for name, value, mode, _ in MOVES],
+)
 def test_a_slider_moves_what_it_is_for(figure, name, value, mode, expected):
     choose(figure, mode)
     assert moved(figure, lambda: slide(figure, name, value)) == expected
