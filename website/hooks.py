@@ -84,7 +84,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
     def raised(found: re.Match[str]) -> str:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(page.url), found[2]))
-        return f"{found[1]}../{found[2]}" if place in shared else found[0]
+        return found[1] + (sources.way(page.url, "zh", place, "en") if place in shared else found[2])
 
     shared = {file.src_uri for file in files if file.dest_uri.startswith("../")}
     html = re.sub(r'((?:src|href)=")([^"#]*)', raised, html)
@@ -93,17 +93,14 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return f'{NO_CHINESE}<div lang="en">{html}</div>'
 
 
-def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Any) -> None:
-    """The other language is the same page in it."""
-    own = _language(config)
-    for language in config.extra["alternate"]:
-        same = language["lang"] == own
-        language["link"] = page.url if same else sources.other_language(page.url, own)
-
-
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Without what Material would follow to a sitemap, which a page in a file may not load."""
-    return re.sub(r'<link rel="alternate"[^>]*>', "", output)
+    """The languages lead to this very page in each."""
+    # Material would look for a sitemap behind these, which a page in a file may not load.
+    output = re.sub(r'<link rel="alternate"[^>]*>', "", output)
+    for language in sources.LANGUAGES:
+        place = sources.way(page.url, _language(config), page.url, language)
+        output = output.replace(f'href="#{language}"', f'href="{place}"')
+    return output
 
 
 def _linked(text: str) -> str:

@@ -94,24 +94,26 @@ def address(name: str) -> str:
 def relinked(markdown: str, source: Path, language: str) -> str:
     """A page with its links as they are in the site."""
     name = source.relative_to(ROOT).as_posix()
-    here = posixpath.dirname(address(name))
+    page = address(name)
 
     def anew(found: re.Match[str]) -> str:
         target = _target(name, found["target"])
-        text, anchor = found["text"], found["anchor"] or ""
-        place = address(target)
-        if language_of(target) in (None, language):
-            return f"[{text}]({posixpath.relpath(place, here)}{anchor})"
+        place, text, anchor = address(target), found["text"], found["anchor"] or ""
+        other = language_of(target) or language
+        if other == language:
+            return f"[{text}]({way(page, language, place, language)}{anchor})"
         # Not a page of this site to MkDocs, so it is given as a browser needs it.
-        place = other_language(place.replace(".md", ".html"), language)
-        return f'<a href="{posixpath.relpath(place, here)}{anchor}">{text}</a>'
+        place = way(page, language, place.replace(".md", ".html"), other)
+        return f'<a href="{place}{anchor}">{text}</a>'
 
     return outside_blocks(markdown, lambda text: LINK.sub(anew, text))
 
 
-def other_language(place: str, language: str) -> str:
-    """The same page in the other language: the Chinese site is in a folder of the English one."""
-    return f"zh/{place}" if language == "en" else f"../{place}"
+def way(page: str, language: str, place: str, other: str) -> str:
+    """The way from a page of a language's site to what another's has."""
+    # The Chinese site is in a folder of the English one.
+    roots = {"en": "", "zh": "zh/"}
+    return posixpath.relpath(roots[other] + place, posixpath.dirname(roots[language] + page) or ".")
 
 
 def outside_blocks(markdown: str, change: Callable[[str], str]) -> str:
