@@ -8,6 +8,7 @@ It comes with all that it needs: it opens from a file, and nothing is loaded fro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import sys
@@ -25,10 +26,12 @@ EVIDENCE = ROOT / "docs" / "evidence"
 
 
 def reports() -> None:
-    """Make the experiments' reports where results are newer."""
+    """Make the experiments' reports, unless they are newer than all that they are made from."""
     page = EVIDENCE / "report.html"
     made = page.stat().st_mtime if page.exists() else 0
-    if any(results.stat().st_mtime > made for results in EVIDENCE.glob("*/results.json")):
+    code = Path(lab.__file__).parent
+    sources = [*EVIDENCE.glob("*/results.json"), *code.rglob("*.py"), *code.glob("*.html")]
+    if any(source.stat().st_mtime > made for source in sources):
         lab.write_report(EVIDENCE)
 
 
@@ -57,11 +60,8 @@ def serve(folder: Path, port: int) -> None:
     except OSError as error:
         sys.exit(f"port {port}: {error.strerror}; choose another one with --port N")
     sys.stdout.write(f"Serving at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)\n")
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What MkDocs is told beyond its configuration: the files, the navigation, what each page becomes."""
+"""What MkDocs is told beyond its configuration: files, navigation, what becomes of each page."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import sources
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import sources
 from quoted import OUTCOMES
 
 #: The program that draws formulas, whole: nothing of it is loaded later.
@@ -40,7 +41,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     found = sources.files(_language(config))
     titles = config.extra["titles"]
     config.nav = [
-        {section: [{titles[page]: page} if page in titles else page for page in _pages(found, folder)]}
+        {
+            section: [
+                {titles[page]: page} if page in titles else page for page in _pages(found, folder)
+            ]
+        }
         for folder, section in config.extra["sections"].items()
     ]
     shared = _shared(config)
@@ -65,10 +70,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         else:
             files.append(_file(config, place, path))
     files.append(_file(config, MATHJAX, _mathjax()))
+    # What browsers ask a server for with pages that name no icon, such as the experiments' reports.
+    icon = files.get_file_from_path("assets/images/favicon.png")
+    files.append(_file(config, "favicon.ico", Path(icon.abs_src_path)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """Links as they are in the site, and outcomes linked to what they are quoted from."""
     if page.file.abs_src_path is None:
         return markdown
@@ -84,7 +92,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
     def raised(found: re.Match[str]) -> str:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(page.url), found[2]))
-        return found[1] + (sources.way(page.url, "zh", place, "en") if place in shared else found[2])
+        return found[1] + (
+            sources.way(page.url, "zh", place, "en") if place in shared else found[2]
+        )
 
     shared = {file.src_uri for file in files if file.dest_uri.startswith("../")}
     html = re.sub(r'((?:src|href)=")([^"#]*)', raised, html)

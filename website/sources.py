@@ -52,7 +52,9 @@ ELSEWHERE = {
 SHOWN = {".py": "python", ".h": "cpp", ".cpp": "cpp", "": "text"}
 
 BLOCKS = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?![a-z]+:|#)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(
+    r"\[(?P<text>[^\[\]]*)\]\((?![a-z]+:|#)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def files(language: str) -> dict[str, Path]:

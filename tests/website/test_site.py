@@ -1,4 +1,4 @@
-"""The built site: it is whole, its links lead somewhere, and it needs nothing from anywhere else."""
+"""The built site: it is whole, its links lead somewhere, and it needs nothing from elsewhere."""
 
 import posixpath
 import re
@@ -95,8 +95,12 @@ def test_docstrings_are_rendered(site):
     assert "Example:" not in read(site / "api" / "layer.html").text
     assert "&gt;&gt;&gt; " in text
     assert "<blockquote>" not in text  # what >>> would be without
-    assert "y = activation(γ · (x − mean) / √(var + eps) + β + residual)" in re.sub("<.*?>", "", text)
-    assert re.search(r'<a[^>]*href="function.html#batchnorm.batch_norm"><code>batch_norm</code>', text)
+    assert "y = activation(γ · (x − mean) / √(var + eps) + β + residual)" in re.sub(
+        "<.*?>", "", text
+    )
+    assert re.search(
+        r'<a[^>]*href="function.html#batchnorm.batch_norm"><code>batch_norm</code>', text
+    )
     assert re.search(r"<li>x: any rank from 2 up", text)
 
 
@@ -113,7 +117,7 @@ def test_every_outcome_leads_to_its_experiment(site, language):
             r'<a class="outcome \w+" href="[./]*/evidence/([\w-]+)/report.html">(\w+)</a>', html
         )
         assert [(folder, said) for said, folder in quoted] == links, source
-        assert "<!-- " not in re.sub(r"<!-- (?:Page|Repo).*?-->", "", html) or True
+        assert not re.findall(r"<!-- [\w-]+ [@|] ", html), source
         seen += len(links)
     assert seen > 30
 
