@@ -18,7 +18,7 @@ ARGUMENTS = [
 
 
 def executable():
-    """Where Chromium is; without it the test is skipped, or fails where CI says that it is there."""
+    """Where Chromium is; without it the test is skipped, or fails where CI says it is there."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
     if found is None:
         reason = "no Chromium: `make browser` installs Debian's"

@@ -23,11 +23,12 @@ IFRAME_WORKER = "javascripts/iframe-worker.js"
 
 #: What stands in a page behind what is quoted from results.
 SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
-SAID = {said: outcome for pair in OUTCOMES.items() for said in pair for outcome in pair[:1]}
+#: What each word for an outcome, in either language, stands for.
+SAID = {word: english for english, chinese in OUTCOMES.items() for word in (english, chinese)}
 OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")
 
-#: How a line begins in which a page lists others: in a table, a list or an enumeration.
-LISTED = r"\||- |\d+\. "
+#: How a line begins in which a page lists others: a table's, a list's, or the link itself.
+LISTED = r"\||- |\d+\. |\["
 
 #: A formula and the punctuation behind it, which must not begin a line.
 FORMULA = re.compile(r'<span class="arithmatex">[^<]*</span>[，。；：、？！）”’,.;:?!)]+')
@@ -81,6 +82,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     if page.file.abs_src_path is None:
         return markdown
     markdown = sources.outside_blocks(markdown, _linked)
+    if page.file.src_uri.startswith("evidence/"):
+        # It is not there on GitHub, so the page does not link it itself.
+        markdown = markdown.replace("`report.html`", "[`report.html`](report.html)")
     return sources.relinked(markdown, Path(page.file.abs_src_path), _language(config))
 
 

@@ -125,13 +125,39 @@ def test_every_outcome_leads_to_its_experiment(site, language):
 def test_the_claims_lead_to_their_experiments(site):
     text = (site / "evidence" / "claims.html").read_text()
     assert len(set(re.findall(r'href="([\w-]+-full)/report.html"', text))) == 18
+    assert '<a href="report.html"><code>report.html</code></a>' in text
 
 
-def test_navigation_names_every_page(site):
-    text = (site / "index.html").read_text()
-    for name in pages(site, "en"):
-        if not name.startswith("source/") and not name.endswith("report.html"):
-            folder = Path(name).parts[0] if "/" in name else ""
-            page = site / folder / "index.html"
-            here = posixpath.relpath(name, folder or ".")
-            assert f'href="{here}"' in page.read_text() + text or here == "index.html", name
+def test_navigation_has_every_page_in_order(site):
+    html = (site / "index.html").read_text()
+    links = re.findall(r'<a href="([^"#]+)" class="md-nav__link', html)
+    order = list(dict.fromkeys(links))
+    shown = {name for name in pages(site, "en") if not name.startswith("source/")}
+    assert set(order) == {name for name in shown if not name.endswith("report.html")}
+
+    def first(folder, number):
+        return [Path(name).stem for name in order if name.startswith(folder)][:number]
+
+    assert first("article/", 3) == ["index", "01-introduction", "02-principles"]
+    assert first("how-to/", 3) == ["index", "diagnosis", "recalibration"]  # not by the alphabet
+    assert first("findings/", 3) == ["index", "BN101", "BN102"]
+    assert first("api/", 3) == ["index", "layer", "function"]
+    assert first("benchmarks/", 2) == ["index", "cpu"]
+    assert order[:2] == ["index.html", "overview.html"]
+
+
+def test_punctuation_stays_with_its_formula(site):
+    html = (site / "zh" / "article" / "03-mathematics.html").read_text()
+    loose = re.findall(r'<span class="arithmatex">[^<]*</span>[，。；：]', html)
+    kept = re.findall(
+        r'<span class="together"><span class="arithmatex">[^<]*</span>[，。；：]', html
+    )
+    assert len(loose) == len(kept) > 5
+
+
+def test_what_is_only_in_english_says_so_in_the_chinese_site(site):
+    for name, english in (("how-to/recalibration", True), ("article/index", False)):
+        html = (site / "zh" / f"{name}.html").read_text()
+        assert ("这一页只有英文。" in html) == english
+        assert ('<div lang="en">' in html) == english
+    assert "只有英文" not in (site / "how-to" / "recalibration.html").read_text()
