@@ -9,7 +9,8 @@ from processes import launch
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER = DOCS / "how-to"
-PAGES = sorted([*FOLDER.glob("*.md"), *DOCS.glob("findings/*.md")])
+LIST = FOLDER / "index.md"  # of the others, without code
+PAGES = sorted({*FOLDER.glob("*.md"), *DOCS.glob("findings/*.md")} - {LIST})
 
 
 #: What a page's code imports besides torch.
