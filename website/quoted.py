@@ -4,12 +4,12 @@
 
 A quoted number is followed by a comment that says where it comes from, and which no reader sees:
 
-    27.5<!-- convergence-full | table/BatchNorm/steps to 90% -->
+    27.5<!-- convergence-full @ table/BatchNorm/steps to 90% -->
 
 A folder of docs/evidence, then a path through its findings: `table/ROW/COLUMN`, where ROW is how
 the row begins (cells joined by ", "); or keys and places, as in `also/0/verdict/mean`; then, for
-what is no text, a format. Of a cell "27.5 (20–35)" the first word is quoted. An outcome is quoted
-in the page's language.
+what is no text, a format. They are kept apart by @, as a bar would end a table's cell. Of a cell
+"27.5 (20–35)" the first word is quoted. An outcome is quoted in the page's language.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OUTCOMES = {"reproduced": "已复现", "contradicted": "被否定", "unresolved"
 #: What stands before the comment: a number as pages write it, or an outcome.
 QUOTED = re.compile(
     rf"(?P<text>[+−-]?\d[\d.,×e+−-]*\d%?|[+−-]?\d%?|{'|'.join([*OUTCOMES, *OUTCOMES.values()])})"
-    r"<!-- (?P<source>[^<>]*\|[^<>]*) -->"
+    r"<!-- (?P<source>[^<>]*@[^<>]*) -->"
 )
 
 
@@ -58,7 +58,7 @@ def quotes(page: Path) -> Iterator[Quote]:
 
 def said(source: str, *, chinese: bool = False) -> str:
     """What the results say at a source."""
-    folder, path, *form = (part.strip() for part in source.split("|"))
+    folder, path, *form = (part.strip() for part in source.split("@"))
     node: Any = _findings(folder)
     head, _, rest = path.partition("/")
     if head == "table":

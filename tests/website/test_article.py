@@ -43,7 +43,7 @@ def test_numbers_are_those_of_the_results(page):
     stale = [quote for quote in found if quote.text != quote.expected]
     assert not stale
     # A comment that stands behind no number would be checked by nobody.
-    assert len(found) == len(re.findall(r"<!-- [^<>]*\|", page.read_text()))
+    assert len(found) == len(re.findall(r"<!-- [^<>]*@", page.read_text()))
 
 
 @each_pair
@@ -61,7 +61,7 @@ def shape(page):
         "printed": blocks(page, "text"),
         "commands": [re.sub(r" *#.*", "", code) for code in blocks(page, "sh")],
         "formulas": re.findall(r"\$\$(.*?)\$\$", text, flags=re.DOTALL),
-        "numbers": sorted(re.findall(r"<!-- ([^<>]*\|[^<>]*) -->", text)),
+        "numbers": sorted(re.findall(r"<!-- ([^<>]*@[^<>]*) -->", text)),
         "figures": re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text),
         "interactive": text.count('class="bn-figure"'),
         "links": sorted(set(re.findall(r"[^!]\[[^\]]*\]\(([^)]*)\)", text))),
@@ -107,9 +107,9 @@ def test_chinese_paragraphs_are_lines():
 def test_a_stale_number_is_found_and_can_be_written_anew(tmp_path):
     page = tmp_path / "zh" / "page.md"
     page.parent.mkdir()
-    source = "convergence-full | table/BatchNorm/steps to 90%"
+    source = "convergence-full @ table/BatchNorm/steps to 90%"
     page.write_text(
-        f"只要 99<!-- {source} --> 步，**未定<!-- convergence-full | verdict/outcome -->**。"
+        f"只要 99<!-- {source} --> 步，**未定<!-- convergence-full @ verdict/outcome -->**。"
     )
     stale = [
         (quote.text, quote.line) for quote in quoted.quotes(page) if quote.text != quote.expected
@@ -122,8 +122,8 @@ def test_a_stale_number_is_found_and_can_be_written_anew(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    ["convergence-full | table/nobody/steps to 90%", "convergence-full | verdict/nothing",
-     "nowhere | verdict/outcome", "explosion-full | table/linear/theory"],
+    ["convergence-full @ table/nobody/steps to 90%", "convergence-full @ verdict/nothing",
+     "nowhere @ verdict/outcome", "explosion-full @ table/linear/theory"],
 )  # fmt: skip
 def test_a_source_that_is_not_there_is_an_error(source):
     with pytest.raises((LookupError, OSError, ValueError)):
