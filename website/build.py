@@ -15,6 +15,7 @@ import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jieba
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("jieba").setLevel(logging.WARNING)  # it tells how it loads its dictionary
+    jieba.setLogLevel(logging.WARNING)  # it tells how it loads its dictionary
     reports()
     out = options.out.resolve()
     for name, folder in (("mkdocs.yml", out), ("mkdocs.zh.yml", out / "zh")):
