@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import shutil
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,21 +20,34 @@ import jieba
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+import sources
 from batchnorm import lab
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "src" / "batchnorm" / "site"
-EVIDENCE = ROOT / "docs" / "evidence"
+
+#: What every built site has, and no other folder of somebody's.
+BUILT = "objects.inv"
 
 
 def reports() -> None:
-    """Make the experiments' reports, unless they are newer than all that they are made from."""
-    page = EVIDENCE / "report.html"
+    """Make the experiments' reports, unless they are newer than all that they are made from.
+
+    From copies of the results: beside these, the page of claims that is committed would be replaced.
+    """
+    page = sources.REPORTS / "report.html"
     made = page.stat().st_mtime if page.exists() else 0
+    results = list((ROOT / "docs" / "evidence").glob("*/results.json"))
     code = Path(lab.__file__).parent
-    sources = [*EVIDENCE.glob("*/results.json"), *code.rglob("*.py"), *code.glob("*.html")]
-    if any(source.stat().st_mtime > made for source in sources):
-        lab.write_report(EVIDENCE)
+    makers = [code.parent / "figures.py", *code.rglob("*.py"), *code.glob("*.html")]
+    if all(source.stat().st_mtime <= made for source in [*results, *makers]):
+        return
+    shutil.rmtree(sources.REPORTS, ignore_errors=True)
+    for result in results:
+        folder = sources.REPORTS / result.parent.name
+        folder.mkdir(parents=True)
+        shutil.copyfile(result, folder / result.name)
+    lab.write_report(sources.REPORTS)
 
 
 def main() -> None:
@@ -43,27 +57,34 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="serve it on this machine, then")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
+    out = options.out.resolve()
+    if out.exists() and any(out.iterdir()) and not (out / BUILT).exists():
+        sys.exit(f"{out}: expected a new folder or a site built before, as it is emptied first")
+    with server(out, options.port) if options.serve else contextlib.nullcontext() as serving:
+        make(out)
+        if serving:
+            sys.stdout.write(f"Serving at http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)\n")
+            with contextlib.suppress(KeyboardInterrupt):
+                serving.serve_forever()
+
+
+def make(out: Path) -> None:
+    """Build both languages into a folder."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     jieba.setLogLevel(logging.WARNING)  # it tells how it loads its dictionary
     reports()
-    out = options.out.resolve()
     for name, folder in (("mkdocs.yml", out), ("mkdocs.zh.yml", out / "zh")):
         build(load_config(str(ROOT / name), site_dir=str(folder)))
     sys.stdout.write(f"Built: {out / 'index.html'}\n")
-    if options.serve:
-        serve(out, options.port)
 
 
-def serve(folder: Path, port: int) -> None:
-    """Serve a folder to this machine alone, until Ctrl-C."""
+def server(folder: Path, port: int) -> ThreadingHTTPServer:
+    """A server of a folder, to this machine alone; it has its port from now on."""
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except OSError as error:
-        sys.exit(f"port {port}: {error.strerror}; choose another one with --port N")
-    sys.stdout.write(f"Serving at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)\n")
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"port {port}: {error}; choose another one with --port N (make docs PORT=N)")
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ def _listing(path: Path) -> str:
 def _mathjax() -> Path:
     """Where the package has it; its name is none that could be imported."""
     found = importlib.util.find_spec("sphinx-mathjax-offline")
-    assert found is not None  # noqa: S101 - the extra `site` has it
-    assert found.origin is not None  # noqa: S101
+    if found is None or found.origin is None:
+        sys.exit("expected sphinx-mathjax-offline; install: pip install '.[site]'")
     return Path(found.origin).parent / "static" / "mathjax" / "tex-svg-full.js"
 
 

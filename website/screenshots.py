@@ -62,8 +62,10 @@ def main() -> None:
     """Take them all."""
     if missing := [chapter for chapter in CHAPTERS.values() if not chapter.exists()]:
         sys.exit(f"{missing[0]}: expected the built site; make it by: make site")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        sys.exit("expected Chromium; install it by: make browser")
     with sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )

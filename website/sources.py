@@ -15,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh")
 
+#: Where `build.py` makes the experiments' reports.
+REPORTS = ROOT / "build" / "reports"
+
 #: What the site is made of.
 PATTERNS = (
     "docs/*.md",
@@ -23,8 +26,8 @@ PATTERNS = (
     "docs/findings/*.md",
     "docs/api/*.md",
     "docs/evidence/*.md",
-    "docs/evidence/report.html",
-    "docs/evidence/*/report.html",
+    "build/reports/report.html",
+    "build/reports/*/report.html",
     "docs/evidence/*/results.json",
     "docs/images/*",
     "docs/javascripts/**/*.js",
@@ -83,7 +86,7 @@ def language_of(name: str) -> str | None:
 
 def address(name: str) -> str:
     """Where the site has a file of the repository; `.md` stands for the page made from it."""
-    name = name.replace(".zh.md", ".md")
+    name = name.replace(".zh.md", ".md").replace("build/reports/", "docs/evidence/")
     if name in ELSEWHERE:
         return ELSEWHERE[name]
     if re.fullmatch(r"docs/evidence/[\w-]+", name):

@@ -41,8 +41,10 @@ def watched(browser, home, **options):
             None if request.url.startswith((home, "data:", "blob:")) else wrong.append(request.url)
         ),
     )
-    yield page, wrong
-    context.close()
+    try:
+        yield page, wrong
+    finally:
+        context.close()
 
 
 def failed(request, wrong):
@@ -108,8 +110,10 @@ def test_every_formula_of_the_article_is_drawn(site, browser, language):
 def served(site):
     """The address at which `make docs` serves it."""
     program = (
-        "import sys, pathlib; sys.path.insert(0, 'website'); import build; "
-        f"build.serve(pathlib.Path({str(site)!r}), 0)"
+        "import sys; sys.path.insert(0, 'website'); import build; "
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.argv[1:] = ['--out', {str(site)!r}, '--serve', '--port', '0']; "
+        "build.make = lambda out: None; build.main()"
     )
     server = subprocess.Popen(
         [sys.executable, "-u", "-c", program],
@@ -121,9 +125,10 @@ def served(site):
     with server:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
-        finally:
             server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0  # Ctrl-C is how it ends
+            assert server.wait(20) == 0  # Ctrl-C is how it ends
+        finally:
+            server.kill()
 
 
 @pytest.fixture(params=["file", "http"])

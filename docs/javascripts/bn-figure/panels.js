@@ -113,7 +113,7 @@
       role: "img",
       width,
       height: ROWS.end,
-      "aria-label": words.flow(`${labels.own}; ${labels.running}`, labels.result),
+      "aria-label": words.flow(labels.own, labels.running, labels.result),
     });
 
     for (const value of ticks(-REACH, REACH, width < 300 ? 4 : 6)) {

@@ -34,8 +34,8 @@
     inUse: " · in use",
     result: (mean, deviation) => `output ${mean} ± ${deviation}`,
     beyond: (count) => `${count} beyond`,
-    flow: (input, output) =>
-      `Histogram of the input, ${input}; below it, that of the output, ${output}. A line leads each value to its place.`,
+    flow: (own, running, output) =>
+      `Histogram of the input, ${own}; ${running}; below it, that of the output, ${output}. A line leads each value to its place.`,
     means: "Running mean",
     variances: "Running variance",
     by: (name) => `${name}, by updates t`,
@@ -102,12 +102,12 @@
     input: "输入 x",
     output: "输出 y",
     own: (mean, deviation) => `批次 ${mean} ± ${deviation}`,
-    running: (mean, deviation) => `运行 ${mean} ± ${deviation}`,
+    running: (mean, deviation) => `运行值 ${mean} ± ${deviation}`,
     inUse: " · 正在用",
     result: (mean, deviation) => `输出 ${mean} ± ${deviation}`,
     beyond: (count) => `界外 ${count} 个`,
-    flow: (input, output) =>
-      `输入的直方图，${input}；下面是输出的直方图，${output}。每个值由一条线连到它的新位置。`,
+    flow: (own, running, output) =>
+      `输入的直方图，${own}；${running}；下面是输出的直方图，${output}。每个值由一条线连到它的新位置。`,
     means: "运行均值",
     variances: "运行方差",
     by: (name) => `${name}（按更新次数 t）`,

@@ -34,8 +34,10 @@ def add(app: typer.Typer) -> None:
     ) -> None:
         """Open the article on batch normalization, with the whole documentation, offline."""
         address = find(choose_language(lang)).as_uri()
-        if only_print or not webbrowser.open(address):
-            print_text(Console(), address)
+        # Printed in any case: not every browser may open every file, and none says so.
+        print_text(Console(), address)
+        if not only_print:
+            webbrowser.open(address)
 
 
 def find(language: str) -> Path:
@@ -48,6 +50,7 @@ def find(language: str) -> Path:
     if not page.exists():
         raise BatchNormError(
             f"expected the article in {SITE}, got nothing there: it was not built when batchnorm "
-            "was installed. In a clone, build it with: make site; the same text is in docs/article"
+            "was installed. In a clone: make site, then install batchnorm again; or make docs, "
+            "which shows it at once. The same text is in docs/article"
         )
     return page
