@@ -274,10 +274,15 @@ def measure() -> list[dict[str, Any]]:
         theirs, ours = case.answers()
         rows.append(
             {"question": case.question, "right": case.right, "peer": case.peer,
-             "theirs": strict(theirs), "ours": strict(ours),
+             "theirs": written(theirs), "ours": written(ours),
              "right_theirs": case.is_right(theirs), "right_ours": case.is_right(ours)}
         )  # fmt: skip
     return rows
+
+
+def written(answer: Answer) -> Answer:
+    """As JSON can hold it, which has no NaN."""
+    return answer if isinstance(answer, str) or math.isfinite(answer) else str(answer)
 
 
 def said(answer: Answer) -> str:
@@ -327,7 +332,9 @@ def main() -> None:
     text = page(content)
     sys.stdout.write(text)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        arguments.json.write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         arguments.json.with_suffix(".md").write_text(text, encoding="utf-8")
 
 

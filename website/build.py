@@ -33,7 +33,7 @@ BUILT = "objects.inv"
 def reports() -> None:
     """Make the experiments' reports, unless they are newer than all that they are made from.
 
-    From copies of the results: beside these, the page of claims that is committed would be replaced.
+    From copies of the results: beside these, the committed page of claims would be replaced.
     """
     page = sources.REPORTS / "report.html"
     made = page.stat().st_mtime if page.exists() else 0
@@ -63,7 +63,9 @@ def main() -> None:
     with server(out, options.port) if options.serve else contextlib.nullcontext() as serving:
         make(out)
         if serving:
-            sys.stdout.write(f"Serving at http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)\n")
+            sys.stdout.write(
+                f"Serving at http://127.0.0.1:{serving.server_port}/ (Ctrl-C ends it)\n"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 serving.serve_forever()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ MATHJAX = "javascripts/tex-svg-full.js"
 IFRAME_WORKER = "javascripts/iframe-worker.js"
 
 #: What stands in a page behind what is quoted from results.
-SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) [@|] [^<>]* -->")
+SOURCE = re.compile(r"<!-- (?P<folder>[\w-]+) @ [^<>]* -->")
 #: What each word for an outcome, in either language, stands for.
 SAID = {word: english for english, chinese in OUTCOMES.items() for word in (english, chinese)}
 OUTCOME = re.compile(rf"(?P<said>{'|'.join(SAID)}){SOURCE.pattern}")

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from browser import needed
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """The folder that it was built into."""
-    for needed in ("mkdocs", "material", "mkdocstrings", "jieba", "sphinx-mathjax-offline"):
-        pytest.importorskip(needed)
-    filelock = pytest.importorskip("filelock")
+    for module in ("mkdocs", "material", "mkdocstrings", "jieba", "sphinx-mathjax-offline"):
+        needed(module)
+    filelock = needed("filelock")
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # all workers share one

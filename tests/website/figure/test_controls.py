@@ -4,6 +4,8 @@ import pytest
 
 from figure_page import START, choose, run, slide
 
+pytestmark = pytest.mark.slow  # a browser starts
+
 #: The parts of the figure that can move, as they are drawn.
 PARTS = """() => {
     const found = {};

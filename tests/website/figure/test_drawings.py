@@ -7,6 +7,8 @@ import pytest
 
 from figure_page import START, choose, run, slide
 
+pytestmark = pytest.mark.slow  # a browser starts
+
 REACH, EDGE = 12, 10
 
 

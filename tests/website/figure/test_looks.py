@@ -8,6 +8,8 @@ import pytest
 from batchnorm.figures import LOOKS
 from figure_page import choose, slide
 
+pytestmark = pytest.mark.slow  # a browser starts
+
 #: Text colour and the backgrounds from the figure's outermost to the text's own, for every text.
 TEXTS = """() => [...document.querySelectorAll('.bn-figure *')].filter(element =>
     [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())

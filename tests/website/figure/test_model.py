@@ -11,6 +11,8 @@ import torch
 from batchnorm import BatchNorm
 from figure_page import START, run
 
+pytestmark = pytest.mark.slow  # a browser starts
+
 SETTINGS = [
     {},
     {"size": 2},

@@ -2,14 +2,16 @@
 
 import functools
 import http.server
-import os
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from browser import needed
 from figure_page import DOCS, SCRIPTS, choose, slide
+
+pytestmark = pytest.mark.slow  # a browser starts
 
 
 def test_figures_of_a_page_are_apart_and_made_once(opened):
@@ -104,8 +106,7 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="module")
 def material(served):
     """A site by Material for MkDocs that loads pages into the one that is shown."""
-    if os.environ.get("BATCHNORM_BROWSER") != "required":
-        pytest.importorskip("material")
+    needed("material")
     root, address = served
     (root / "docs").mkdir()
     for folder in ("javascripts", "stylesheets"):

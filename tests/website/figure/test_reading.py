@@ -7,6 +7,8 @@ import pytest
 
 from figure_page import DOCS, START, choose, run, slide
 
+pytestmark = pytest.mark.slow  # a browser starts
+
 # What the settings show, in the figure's first sample.
 SHOWN = [
     ("whole", {}),
