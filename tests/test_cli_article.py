@@ -51,9 +51,9 @@ def browser(folder, monkeypatch, *, works):
 def test_a_browser_opens_it(built, tmp_path, monkeypatch):
     browser(tmp_path, monkeypatch, works=True)
     done = run("--lang", "zh")
-    assert (done.exit_code, done.stdout) == (0, "")
     opened = (tmp_path / "opened").read_text()
     assert opened == (built / PAGES["zh"]).as_uri() + "\n"
+    assert (done.exit_code, done.stdout) == (0, opened)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="browsers are found otherwise there")

@@ -29,9 +29,15 @@ EVIDENCE = ROOT / "docs" / "evidence"
 
 OUTCOMES = {"reproduced": "已复现", "contradicted": "被否定", "unresolved": "未定"}
 
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+
+#: A space that a line is not broken at.
+THIN = "\N{NARROW NO-BREAK SPACE}"
+
 #: What stands before the comment: a number as pages write it, or an outcome.
 QUOTED = re.compile(
-    rf"(?P<text>[+−-]?\d[\d.,×e+−-]*\d%?|[+−-]?\d%?|{'|'.join([*OUTCOMES, *OUTCOMES.values()])})"
+    rf"(?P<text>[+−-]?\d[\d.,×e+−-]*(?:{THIN}×{THIN}10[{SUPERSCRIPTS}]+|\d%?)|[+−-]?\d%?"
+    rf"|{'|'.join([*OUTCOMES, *OUTCOMES.values()])})"
     r"<!-- (?P<source>[^<>]*@[^<>]*) -->"
 )
 
@@ -70,10 +76,23 @@ def said(source: str, *, chinese: bool = False) -> str:
             node,
         )
     if form:
-        return format(value, form[0]).replace("-", "−")
+        return _for_readers(format(value, form[0]))
     if value in OUTCOMES:
         return OUTCOMES[value] if chinese else value
-    return str(value).split(" ")[0]
+    return _for_readers(str(value).split(" ")[0])
+
+
+def _for_readers(number: str) -> str:
+    """A number as it is printed, not as a program writes it.
+
+    >>> _for_readers("3.0e-05"), _for_readers("1.0e+00"), _for_readers("-0.5")
+    ('3.0\u202f×\u202f10⁻⁵', '1.0', '−0.5')
+    """
+    if found := re.fullmatch(r"([+-]?[\d.]+)e([+-]\d+)", number):
+        power = int(found[2])
+        raised = str(power).translate(str.maketrans("0123456789-", SUPERSCRIPTS))
+        return found[1].replace("-", "−") + (f"{THIN}×{THIN}10{raised}" if power else "")
+    return number.replace("-", "−")
 
 
 def _cell(table: dict[str, Any], row: str, column: str) -> str:

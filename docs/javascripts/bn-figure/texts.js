@@ -44,7 +44,7 @@
       left: "Left of the start, (1 − α)ᵗ",
       meanError: "Running mean, off by",
       varianceRatio: "Running variance ÷ truth",
-      result: "Output, mean ± deviation",
+      result: "Output, mean ± std",
     },
     details: {
       left: "start: mean 0, variance 1",
@@ -52,7 +52,7 @@
       varianceRatio: (value, truth) => `${value} instead of ${truth}`,
       result: (mean, deviation) => `target ${mean} ± ${deviation}`,
     },
-    note: "The batch shown is none of the batches of the updates. It is normalized by its biased variance (÷ m); the running variance takes in the unbiased ones (÷ (m − 1)).",
+    note: "The batch shown is not one of those that updated the running statistics. It is normalized by its biased variance (÷ m); the running variance takes in the unbiased ones (÷ (m − 1)).",
     reading: {
       flat: ({ beta }) => `γ is 0: every output is β = ${beta}, whatever comes in.`,
       pair: ({ high, low }) =>
