@@ -76,18 +76,14 @@ def said(source: str, *, chinese: bool = False) -> str:
             node,
         )
     if form:
-        return _for_readers(format(value, form[0]))
+        return for_readers(format(value, form[0]))
     if value in OUTCOMES:
         return OUTCOMES[value] if chinese else value
-    return _for_readers(str(value).split(" ")[0])
+    return for_readers(str(value).split(" ")[0])
 
 
-def _for_readers(number: str) -> str:
-    """A number as it is printed, not as a program writes it.
-
-    >>> _for_readers("3.0e-05"), _for_readers("1.0e+00"), _for_readers("-0.5")
-    ('3.0\u202f×\u202f10⁻⁵', '1.0', '−0.5')
-    """
+def for_readers(number: str) -> str:
+    """A number as it is printed, not as a program writes it."""
     if found := re.fullmatch(r"([+-]?[\d.]+)e([+-]\d+)", number):
         power = int(found[2])
         raised = str(power).translate(str.maketrans("0123456789-", SUPERSCRIPTS))
