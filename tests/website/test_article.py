@@ -132,8 +132,8 @@ def test_a_source_that_is_not_there_is_an_error(source):
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [("3.0e-05", f"3.0{quoted.THIN}×{quoted.THIN}10⁻⁵"), ("1e+30", f"1{quoted.THIN}×{quoted.THIN}10³⁰"),
-     ("1.0e+00", "1.0"), ("-0.5", "−0.5"), ("27.5", "27.5"), ("97.2%", "97.2%")],
+    [("3.0e-05", "3.0 × 10⁻⁵"), ("1e+30", "1 × 10³⁰"), ("1.0e+00", "1.0"), ("-0.5", "−0.5"),
+     ("27.5", "27.5"), ("97.2%", "97.2%")],
 )  # fmt: skip
 def test_numbers_are_written_for_readers(number, expected):
-    assert quoted.for_readers(number) == expected
+    assert quoted.for_readers(number) == expected.replace(" ", quoted.THIN)
