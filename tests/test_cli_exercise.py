@@ -229,8 +229,8 @@ def test_misuse_is_one_message_and_status_2(here):
         (("0",), "1 to 10, got 0"),
         (("one",), ""),  # typer says it
         (("--check", "my.py"), "the number of an exercise with --check"),
-        (("1", "--check", "no.py"), "there is no such file"),
-        (("1", "--check", "."), "a directory"),
+        (("1", "--check", "no.py"), "cannot be read: No such file"),
+        (("1", "--check", "."), "cannot be read"),
         (("1", "--check", "my.py", "--start", "b.py"), "got --start and --check"),
         (("1", "--seed", "3"), "--seed together with --check"),
         (("1", "--start", "my.py"), "which is there already"),
