@@ -207,9 +207,7 @@ def _reasons(outcome: Outcome, path: Path, language: Language) -> dict[str, str]
         # And the line itself, so that it need not be looked up.
         said["where"] = f"{place}  {outcome.source}".rstrip()
     if outcome.printed.strip():
-        lines = outcome.printed.rstrip().splitlines()
-        rest = ["…"] if len(lines) > LONGEST_PRINT else []
-        said["printed"] = "\n".join([*lines[:LONGEST_PRINT], *rest])
+        said["printed"] = outcome.printed.rstrip()
     return said
 
 
@@ -224,6 +222,8 @@ def _print_reasons(
         shown = _SAME.said(language) if again else text
         # A path must survive being copied: it is not broken.
         lines = [shown] if key == "where" else wrapped(shown, console.width - width - 4)
+        if key == "printed" and len(lines) > LONGEST_PRINT:
+            lines = [*lines[:LONGEST_PRINT], "…"]
         for line in lines:
             print_text(console, f"  {label}  {line}".rstrip())
             label = " " * width
