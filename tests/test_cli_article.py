@@ -67,6 +67,7 @@ def test_without_a_browser_its_address_is_printed(built, tmp_path, monkeypatch):
 def test_the_language_is_the_terminals(built, monkeypatch):
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "C")
     assert choose_language(None) == "en"
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     assert choose_language(None) == "zh"

@@ -16,7 +16,7 @@ each = pytest.mark.parametrize("number", ALL)
 
 #: Texts of the exercises that are no hints, but what was expected or came.
 NO_HINT = {
-    *("_NO_GRAPH", "_GRAPH", "_OUTPUT_GRAD", "_NO_OUTPUT_GRAD", "_VALUE_ERROR", "_NO_ERROR"),
+    *("NO_GRAPH", "GRAPH", "_OUTPUT_GRAD", "_NO_OUTPUT_GRAD", "_VALUE_ERROR", "_NO_ERROR"),
     *("_MESSAGE", "_EMPTY", "_UNTOUCHED", "_TOUCHED", "_BUFFER", "_NO_BUFFER", "_COUNT_IS"),
 }
 
@@ -87,7 +87,7 @@ def test_the_starting_file_is_python_and_not_an_answer(number, language, graded)
     start = ALL[number].starting_file(language)
     assert ALL[number].title.said(language) in start
     assert ALL[number].summary.said(language) in start
-    assert "{" not in start.replace("{tuple", "")
+    assert "{" not in start
     outcomes = graded(number, start)
     assert any(outcome.wrong for outcome in outcomes)
     if number != 3:  # which is to be mended
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_an_error(tmp_path):
     for number in (0, 11, -1):
         with pytest.raises(ArgumentError, match="1 to 10"):
             exercises.find(number)
-    with pytest.raises(ArgumentError, match="no such file"):
+    with pytest.raises(ArgumentError, match="cannot be read: No such file"):
         exercises.grade(ALL[1], tmp_path / "no.py", 0)
-    with pytest.raises(ArgumentError, match="a directory"):
+    with pytest.raises(ArgumentError, match="cannot be read"):
         exercises.grade(ALL[1], tmp_path, 0)

@@ -43,7 +43,6 @@ _HOW = Text(
     "Its task:        batchnorm exercise 1\nA file to start: batchnorm exercise 1 --start my.py\n"
     "Check an answer: batchnorm exercise 1 --check my.py",
 )
-_HEADING = Text("# 练习 {number}：{title}", "# Exercise {number}: {title}")
 _NEXT = Text(
     "先读第 {chapter} 章。开始：`{command} --start my.py`",
     "It rests on chapter {chapter}. To start: `{command} --start my.py`",
@@ -139,13 +138,10 @@ def _command(exercise: Exercise) -> str:
 
 
 def _show(exercise: Exercise, language: Language) -> None:
-    heading = _HEADING.said(language).format(
-        number=exercise.number, title=exercise.title.said(language)
-    )
     after = _NEXT.said(language).format(
         chapter=int(exercise.chapter[:2]), command=_command(exercise)
     )
-    task = f"{heading}\n\n{exercise.task.said(language).strip()}\n\n{after}"
+    task = f"{exercise.heading(language)}\n\n{exercise.task.said(language).strip()}\n\n{after}"
     console = Console()
     if console.is_terminal:
         console.print(Markdown(_fitted(task, console.width) if language == "zh" else task))
@@ -207,20 +203,12 @@ def _reasons(outcome: Outcome, path: Path, language: Language) -> dict[str, str]
         said["came"] = wrong.came.said(language)
         if wrong.hint:
             said["hint"] = wrong.hint.said(language)
-        said["where"] = f"{path}:{outcome.line}{_source(path, outcome.line)}"
-        if outcome.line is None:
-            said["where"] = str(path)
+        place = str(path) if outcome.line is None else f"{path}:{outcome.line}"
+        # And the line itself, so that it need not be looked up.
+        said["where"] = f"{place}  {outcome.source}".rstrip()
     if outcome.printed.strip():
-        lines = outcome.printed.rstrip().splitlines()
-        rest = ["…"] if len(lines) > LONGEST_PRINT else []
-        said["printed"] = "\n".join([*lines[:LONGEST_PRINT], *rest])
+        said["printed"] = outcome.printed.rstrip()
     return said
-
-
-def _source(path: Path, line: int | None) -> str:
-    """The reader's line itself, so that it need not be looked up."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return f"  {lines[line - 1].strip()}" if line and line <= len(lines) else ""
 
 
 def _print_reasons(
@@ -234,6 +222,8 @@ def _print_reasons(
         shown = _SAME.said(language) if again else text
         # A path must survive being copied: it is not broken.
         lines = [shown] if key == "where" else wrapped(shown, console.width - width - 4)
+        if key == "printed" and len(lines) > LONGEST_PRINT:
+            lines = [*lines[:LONGEST_PRINT], "…"]
         for line in lines:
             print_text(console, f"  {label}  {line}".rstrip())
             label = " " * width

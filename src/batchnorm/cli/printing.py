@@ -38,6 +38,7 @@ def wrapped(text: str, width: int) -> list[str]:
     """
     from rich.cells import cell_len, chop_cells
 
+    width = max(width, 2)  # a Chinese character takes as much
     lines = []
     for paragraph in text.splitlines():
         line = ""

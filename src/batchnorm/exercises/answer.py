@@ -52,19 +52,19 @@ class Answer:
         line: where what was called last begins.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        """Run the file.
+    def __init__(self, path: Path, source: bytes, names: tuple[str, ...]) -> None:
+        """Run the source, which the file holds.
 
         Raises:
             Wrong: it cannot be run, or does not define the names.
         """
         self.path = path
         self.line: int | None = None
-        self._module = self._loaded()
+        self._module = self._loaded(source)
         for name in names:
             self._check_name(name)
 
-    def _loaded(self) -> ModuleType:
+    def _loaded(self, source: bytes) -> ModuleType:
         module = ModuleType(MODULE)
         module.__file__ = str(self.path)
         # Dataclasses look their module up there; and an answer may import what lies beside it.
@@ -74,7 +74,7 @@ class Answer:
             sys.path.append(beside)
         try:
             # Not importlib's loader: it keeps bytecode, and two edits in a second look the same.
-            code = compile(self.path.read_bytes(), str(self.path), "exec", dont_inherit=True)
+            code = compile(source, str(self.path), "exec", dont_inherit=True)
             exec(code, module.__dict__)  # noqa: S102
         except (Exception, SystemExit) as error:
             raise self.crash(error) from error
@@ -93,31 +93,27 @@ class Answer:
         hint = _MEANT.filled(near=near[0]) if near else None
         raise Wrong(expected, _UNNAMED.filled(name=name), hint)
 
-    def call(
-        self, function: str | Callable[..., Any], *arguments: Any, changes: bool = False
-    ) -> Any:
+    def call(self, function: str | Callable[..., Any], *arguments: Any, changes: int = 0) -> Any:
         """What the function returns.
 
         Args:
             function: a name in the file, or what came of calling one.
             arguments: what it is called with.
-            changes: whether it is to write into its arguments, and to return nothing.
+            changes: how many of the first it is to write into; then it may return nothing.
 
         Raises:
-            Wrong: it raises, returns nothing, or writes into its arguments.
+            Wrong: it raises, returns nothing, or writes into its other arguments.
         """
-        before = [kept(argument) for argument in arguments]
+        before = copied(arguments)
         try:
             found = self._begin(function)(*arguments)
         except (Exception, SystemExit) as error:
             raise self.crash(error) from error
-        if changes:
-            return found
-        if found is None:
+        if found is None and not changes:
             name = function if isinstance(function, str) else type(function).__name__
             raise Wrong(_SOMETHING.filled(name=name), Text.of(None), _RETURN)
         for number, (argument, was) in enumerate(zip(arguments, before, strict=True), start=1):
-            if was is not None and not identical(argument, was):
+            if number > changes and not identical(argument, was):
                 raise Wrong(_KEPT.filled(number=number), _CHANGED, _COPY)
         return found
 
@@ -164,11 +160,19 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def kept(value: Any) -> Tensor | None:
-    """A copy of a tensor, to be compared afterwards."""
-    return value.detach().clone() if isinstance(value, Tensor) else None
+def copied(value: Any) -> Any:
+    """The same with copies of its tensors, to be compared afterwards."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return [copied(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
-def identical(found: Tensor, was: Tensor) -> bool:
-    """Whether nothing was changed, NaN included."""
-    return found.shape == was.shape and torch.equal(found.detach().nan_to_num(), was.nan_to_num())
+def identical(found: Any, was: Any) -> bool:
+    """Whether nothing was changed since it was copied; NaN is NaN."""
+    if isinstance(was, list):
+        return len(found) == len(was) and all(map(identical, found, was))
+    if not isinstance(was, Tensor) or not isinstance(found, Tensor):
+        return found is was
+    return (found.shape, found.dtype) == (was.shape, was.dtype) and torch.allclose(
+        found.detach(), was, rtol=0, atol=0, equal_nan=True
+    )

@@ -155,7 +155,7 @@ def but_channel(x: Tensor) -> list[int]:
 
 @contextmanager
 def hinted(hint: Text) -> Iterator[None]:
-    """What to say to whatever is wrong here and was not recognised."""
+    """What to say to whatever is wrong here, though it was right with easier data."""
     try:
         yield
     except Wrong as wrong:

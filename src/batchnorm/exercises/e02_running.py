@@ -37,8 +37,8 @@ _SAMPLES = Text(
     "m 是每个通道的元素个数 N × H × W，不是样本数 N。",
     "m is how many values a channel has, N × H × W, not the number of samples N.",
 )
-_NO_GRAPH = Text("缓冲区不连着计算图", "buffers that hang on no graph")
-_GRAPH = Text("requires_grad 为 True", "requires_grad is True")
+NO_GRAPH = Text("缓冲区不连着计算图", "buffers that hang on no graph")
+GRAPH = Text("requires_grad 为 True", "requires_grad is True")
 _NO_GRAD = Text(
     "在 torch.no_grad() 里更新，或先 x.detach()：否则每一步的计算图都会留在内存里。",
     "Update under torch.no_grad(), or x.detach() first: else the graph of every step stays in "
@@ -58,7 +58,7 @@ def _compare(answer: Answer, random: Generator, *shape: int) -> None:
     given = (mean.clone(), var.clone())
     before = (mean.double(), var.double())
     x = draw(random, *shape)
-    answer.call("update", *given, x, share, changes=True)
+    answer.call("update", *given, x, share, changes=2)
     expected = _blend(before, _statistics(x), share)
     mistakes = _mistakes(before, x, share)
     for found, right, name, known in zip(
@@ -110,9 +110,9 @@ def _images(answer: Answer, random: Generator) -> None:
 def _graph(answer: Answer, random: Generator) -> None:
     buffers = (torch.zeros(3), torch.ones(3))
     x = draw(random, 5, 3).requires_grad_()
-    answer.call("update", *buffers, x, 0.1, changes=True)
+    answer.call("update", *buffers, x, 0.1, changes=2)
     if any(buffer.requires_grad for buffer in buffers):
-        raise Wrong(_NO_GRAPH, _GRAPH, _NO_GRAD)
+        raise Wrong(NO_GRAPH, GRAPH, _NO_GRAD)
     same(buffers[0], 0.1 * x.detach().double().mean(0), "running_mean")
 
 

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from batchnorm.exercises.answer import Answer, described
 from batchnorm.exercises.compare import Mistake, but_channel, by_channel, draw, pick, same
 from batchnorm.exercises.e01_forward import UNBIASED
+from batchnorm.exercises.e02_running import GRAPH, NO_GRAPH
 from batchnorm.exercises.exercise import Check, Exercise, Text, Wrong
 
 _STORED_BIASED = Text(
@@ -17,8 +18,6 @@ _STORED_BIASED = Text(
     "This is what storing the biased variance gives. The biased one normalizes, the unbiased one "
     "is stored: two variances.",
 )
-_NO_GRAPH = Text("缓冲区不连着计算图", "buffers that hang on no graph")
-_GRAPH = Text("requires_grad 为 True", "requires_grad is True")
 _UPDATE_ALONE = Text(
     "把更新放进 with torch.no_grad(): 里。", "Put the update into a with torch.no_grad(): block."
 )
@@ -100,7 +99,7 @@ def _graph(answer: Answer, random: Generator) -> None:
     layer = answer.call("BatchNorm", 3)
     y = answer.call(layer, x)
     if any(buffer.requires_grad for buffer in _buffers(layer)):
-        raise Wrong(_NO_GRAPH, _GRAPH, _UPDATE_ALONE)
+        raise Wrong(NO_GRAPH, GRAPH, _UPDATE_ALONE)
     if not y.requires_grad:
         raise Wrong(_OUTPUT_GRAD, _NO_OUTPUT_GRAD, _TOO_MUCH)
     dy = torch.randn(y.shape, generator=random)

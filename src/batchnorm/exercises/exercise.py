@@ -92,11 +92,12 @@ class Exercise:
     checks: tuple[Check, ...]
     solution: str
 
+    def heading(self, language: Language) -> str:
+        """Its number and title, as Markdown and Python both take it."""
+        heading = Text("# 练习 {number}：{title}", "# Exercise {number}: {title}").said(language)
+        return heading.format(number=self.number, title=self.title.said(language))
+
     def starting_file(self, language: Language) -> str:
         """What `--start` writes."""
-        heading = Text("# 练习 {number}：{title}", "# Exercise {number}: {title}").said(language)
-        return (
-            heading.format(number=self.number, title=self.title.said(language))
-            + "\n"
-            + self.start.replace("{summary}", self.summary.said(language))
-        )
+        body = self.start.replace("{summary}", self.summary.said(language))
+        return f"{self.heading(language)}\n{body}"

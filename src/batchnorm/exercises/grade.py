@@ -25,12 +25,14 @@ class Outcome(NamedTuple):
         name: the check's.
         wrong: what it refuses; None where it is content.
         line: the reader's line that is meant.
+        source: what stands in that line.
         printed: what the reader's code printed meanwhile.
     """
 
     name: Text
     wrong: Wrong | None
     line: int | None
+    source: str
     printed: str
 
 
@@ -43,19 +45,21 @@ def grade(exercise: Exercise, path: Path, seed: int) -> list[Outcome]:
         seed: what the checks' data are made from.
 
     Raises:
-        ArgumentError: there is no such file.
+        ArgumentError: the file cannot be read.
     """
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "there is no such file"
+    try:
+        source = path.read_bytes()
+    except OSError as error:
         raise ArgumentError(
-            f"expected a Python file to check, got {path}: {what}; "
+            f"expected a Python file to check, got {path}, which cannot be read: {error.strerror}; "
             f"`batchnorm exercise {exercise.number} --start my.py` writes one to start from"
-        )
+        ) from error
     with _watched() as printed:
         try:
-            answer = Answer(path, exercise.names)
+            answer = Answer(path, source, exercise.names)
         except Wrong as refused:
-            return [Outcome(_READ, refused, refused.line, printed.getvalue())]
+            line = refused.line
+            return [Outcome(_READ, refused, line, _line(source, line), printed.getvalue())]
     # What the file printed on its way in goes with the first check.
     outcomes: list[Outcome] = []
     for number, check in enumerate(exercise.checks):
@@ -70,14 +74,24 @@ def grade(exercise: Exercise, path: Path, seed: int) -> list[Outcome]:
                 wrong = answer.crash(error)
         text = more.getvalue() if outcomes else printed.getvalue() + more.getvalue()
         line = (wrong.line or answer.line) if wrong else None
-        outcomes.append(Outcome(check.name, wrong, line, text))
+        outcomes.append(Outcome(check.name, wrong, line, _line(source, line), text))
     return outcomes
+
+
+def _line(source: bytes, number: int | None) -> str:
+    """That line of what was read at first: by now the file may be another, or gone."""
+    # Not splitlines: Python counts neither form feeds nor U+2028.
+    lines = source.decode("utf-8", errors="replace").split("\n")
+    return lines[number - 1].strip() if number and number <= len(lines) else ""
 
 
 @contextmanager
 def _watched() -> Iterator[io.StringIO]:
     """Keep what is printed; neither warnings nor what a file switched off reach the checks."""
-    printed = io.StringIO()
+    printed, dtype = io.StringIO(), torch.get_default_dtype()
     with redirect_stdout(printed), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
-        yield printed
+        try:
+            yield printed
+        finally:
+            torch.set_default_dtype(dtype)
