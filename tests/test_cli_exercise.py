@@ -254,7 +254,7 @@ def test_misuse_is_one_message_and_status_2(here):
         (("one",), ""),  # typer says it
         (("--check", "my.py"), "the number of an exercise with --check"),
         (("1", "--check", "no.py"), "cannot be read: No such file"),
-        (("1", "--check", "."), "cannot be read"),
+        (("1", "--check", "."), "is no file"),
         (("1", "--check", "my.py", "--start", "b.py"), "got --start and --check"),
         (("1", "--seed", "3"), "--seed together with --check"),
         (("1", "--start", "my.py"), "which is there already"),

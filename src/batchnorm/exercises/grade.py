@@ -48,12 +48,16 @@ def grade(exercise: Exercise, path: Path, seed: int) -> list[Outcome]:
         ArgumentError: the file cannot be read.
     """
     try:
-        source = path.read_bytes()
+        # A device may have no end.
+        source = path.read_bytes() if path.is_file() or not path.exists() else None
+        reason = "is no file"
     except OSError as error:
+        source, reason = None, f"cannot be read: {error.strerror}"
+    if source is None:
         raise ArgumentError(
-            f"expected a Python file to check, got {path}, which cannot be read: {error.strerror}; "
+            f"expected a Python file to check, got {path}, which {reason}; "
             f"`batchnorm exercise {exercise.number} --start my.py` writes one to start from"
-        ) from error
+        )
     with _watched() as printed:
         try:
             answer = Answer(path, source, exercise.names)
