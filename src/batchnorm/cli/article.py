@@ -26,7 +26,7 @@ def add(app: typer.Typer) -> None:
     def article(
         lang: Annotated[
             str | None,
-            typer.Option(metavar="zh|en", help="Its language; the terminal's if not given."),
+            typer.Option(metavar="zh|en", help="Its language; the environment's if not given."),
         ] = None,
         only_print: Annotated[
             bool, typer.Option("--print", help="Print its address, and open nothing.")

@@ -87,7 +87,7 @@ def add(app: typer.Typer) -> None:
         ] = None,
         lang: Annotated[
             str | None,
-            typer.Option(metavar="zh|en", help="Language; that of LC_ALL or LANG if not given."),
+            typer.Option(metavar="zh|en", help="Its language; the environment's if not given."),
         ] = None,
     ) -> None:
         language = choose_language(lang)
@@ -117,7 +117,8 @@ def _check_options(
     if wanted and number is None:
         raise ArgumentError(
             f"expected the number of an exercise with {wanted[0]}, such as "
-            f"`batchnorm exercise 1 {wanted[0]}`; `batchnorm exercise` lists them"
+            f"`batchnorm exercise 1 {wanted[0]}{'' if solution else ' my.py'}`; "
+            "`batchnorm exercise` lists them"
         )
     if seed is not None and not check:
         raise ArgumentError("expected --seed together with --check, whose data are made from it")
