@@ -80,6 +80,7 @@ def test_a_port_that_is_taken_is_told():
         error
     )
     assert "leave --port away" in str(error)
+    assert "attempting" not in str(error)  # the address is said once
     assert out == ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -50,7 +49,8 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             return socket.create_server((address[0], number), family=family)
         except OSError as error:
-            reason = os.strerror(error.errno)  # its own repeats the address
+            # `create_server` adds the address, which is said already.
+            reason = str(error.strerror).partition(" (while")[0]
     wanted = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + TRIES - 1}"
     raise ArgumentError(
         f"expected to listen on {wanted} of {host}, got: {reason}. Choose another with --port, or "
@@ -89,8 +89,8 @@ def application(language: str, *, loopback: bool) -> fastapi.FastAPI:
     from batchnorm.playground.app import CSS, Playground
     from batchnorm.playground.guard import Guard
 
-    app = gr.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None),  # its pages of documentation fetch
+    app: fastapi.FastAPI = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),  # its documentation is fetched
         Playground().page(language),
         path="/",
         theme=gr.themes.Base(font="system-ui", font_mono="monospace"),  # others are fetched
@@ -98,7 +98,7 @@ def application(language: str, *, loopback: bool) -> fastapi.FastAPI:
         js=ON_LOAD.replace("LANGUAGE", language),
         footer_links=[],
         run_history=False,
-        max_file_size=0,
+        max_file_size=0,  # the page takes no files
         ssr_mode=False,
         pwa=False,
         enable_monitoring=False,
