@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 CODE = """
@@ -51,7 +52,10 @@ def finish(process, timeout=PATIENCE):
 
 def address(process):
     """What it prints when it is ready."""
+    timer = threading.Timer(PATIENCE, process.kill)  # which ends the reading
+    timer.start()
     line = process.stdout.readline()
+    timer.cancel()
     if not line:
         raise AssertionError(finish(process))
     return line.split()[0]
@@ -74,13 +78,15 @@ atexit.register(tell_kept)
 
 
 @contextmanager
-def serving(*arguments, code=CODE):
+def serving(*arguments, code=CODE, said="Starting.\n", **environment):
     """The process and its address; it ends with Ctrl-C, cleanly and soon."""
-    process = start("--no-browser", "--port", "0", *arguments, code=code)
+    if "BROWSER" not in environment:
+        arguments = ("--no-browser", *arguments)
+    process = start("--port", "0", *arguments, code=code, **environment)
     with process:  # closes its pipes
         try:
             yield process, address(process)
             process.send_signal(signal.SIGINT)
-            assert finish(process, timeout=15) == (130, "", "Starting.\n")
+            assert finish(process, timeout=15) == (130, "", said)
         finally:
             process.kill()

@@ -1,4 +1,4 @@
-"""What the page says of its examples is so, with any seed."""
+"""What the page says of its examples is so, with two seeds."""
 
 import itertools
 from dataclasses import replace

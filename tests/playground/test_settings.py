@@ -41,7 +41,8 @@ def test_a_form_holds_numbers_or_text():
     assert all(type(getattr(read, name)) is int for name in ("depth", "width", "batch"))
     for name, value in (("rate", "abc"), ("rate", "nan"), ("rate", "0,1"), ("depth", ""),
                         ("depth", None), ("depth", 3.5), ("steps", "inf"), ("rate", [1]),
-                        ("init", {})):  # fmt: skip
+                        ("init", {}), ("rate", "0"), ("rate", "-1"),
+                        ("steps", 10**400)):  # fmt: skip
         with pytest.raises(SettingError) as e:
             Settings.read({name: value})
         assert (e.value.name, e.value.value) == (name, value)

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("gradio")  # the package's import asks for it
 
+from batchnorm.lab.data import load
 from batchnorm.playground.presets import PRESETS
-from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
+from batchnorm.playground.settings import CHOICES, EVERY, RANGES, SettingError, Settings
 from batchnorm.playground.texts import TEXTS, paragraph, progress, refusal
 from batchnorm.playground.training import (
     NORMALIZED,
@@ -48,6 +49,20 @@ def test_every_setting_and_example_has_its_words():
             assert words[f"init.{init}"]
 
 
+def test_numbers_in_words_are_those_of_the_code():
+    data = load("digits")
+    assert (data.classes, EVERY) == (10, 5)
+    for words, digits, every in (
+        (TEXTS["en"], "one digit in ten", "the last five batches"),
+        (TEXTS["zh"], "十个数字", "最近五个批次"),
+    ):
+        assert digits in words["look.sigmoid"]
+        assert every in words["loss"]
+        assert str(len(data.y_test)) in words["accuracy"]
+        for name, number in (("deep", PRESETS["deep"].depth), ("tiny", PRESETS["tiny"].batch)):
+            assert str(number) in words[f"preset.{name}"]
+
+
 def test_chinese_uses_its_own_punctuation():
     for key, text in TEXTS["zh"].items():
         assert not re.search(r"[一-鿿][,;:?!.]", text), key
@@ -74,7 +89,13 @@ def test_chinese_uses_its_own_punctuation():
         (
             SettingError("activation", "gelu"),
             "Activation: expected one of sigmoid, tanh, ReLU, got “gelu”. ",
-            "激活函数：应为 sigmoid, tanh, ReLU 之一，得到的是“gelu”。",
+            "激活函数：应为 sigmoid、tanh、ReLU 之一，得到的是“gelu”。",
+        ),
+        (
+            SettingError("init", None),
+            "Initial weights: expected one of Xavier, He, small: standard deviation 0.01, large: "
+            "standard deviation 1, got nothing. ",
+            "初始权重：应为 Xavier、He、小：标准差 0.01、大：标准差 1 之一，得到的是空白。",
         ),
     ],
 )

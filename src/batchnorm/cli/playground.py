@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: the commands are defined inside a function, and typer
 # could not look up the names in their annotations afterwards.
 
+import threading
 import webbrowser
 from typing import Annotated
 
@@ -67,6 +68,9 @@ def add(app: typer.Typer) -> None:
             def ready() -> None:
                 print_text(Console(), f"{server.address(found)} (Ctrl-C ends it)")
                 if browser:
-                    webbrowser.open(server.address(found))
+                    # Some browsers are waited for until they end; the page is served after this.
+                    threading.Thread(
+                        target=webbrowser.open, args=[server.address(found)], daemon=True
+                    ).start()
 
             server.serve(found, language, ready)

@@ -16,7 +16,15 @@ from batchnorm.lab.data import load
 from batchnorm.playground import drawing
 from batchnorm.playground.presets import PRESETS
 from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
-from batchnorm.playground.texts import LANGUAGES, TEXTS, Words, paragraph, progress, refusal
+from batchnorm.playground.texts import (
+    LANGUAGES,
+    TEXTS,
+    Words,
+    choices,
+    paragraph,
+    progress,
+    refusal,
+)
 from batchnorm.playground.training import Snapshot, train
 
 #: Seconds of training between two frames: drawing one takes a third as long.
@@ -220,8 +228,10 @@ def _presets(words: Words) -> list[tuple[str, str]]:
     return [(words[f"preset.{name}"], name) for name in PRESETS]
 
 
-def _preset(preset: str, language: str) -> list[Any]:
-    """Return the hint and the controls' values."""
+def _preset(preset: str | None, language: str) -> list[Any]:
+    """Return the hint and the controls' values; leave all as it is when the box is left empty."""
+    if preset is None:
+        return [gr.skip()] * (1 + len(CONTROLS))
     return [_hint(preset, TEXTS[language]), *_values(PRESETS[preset]).values()]
 
 
@@ -235,7 +245,7 @@ def _values(settings: Settings) -> dict[str, Any]:
 def _choices(name: str, words: Words) -> dict[str, Any]:
     if name not in CHOICES:
         return {}
-    return {"choices": [(words.get(f"{name}.{key}", key), key) for key in CHOICES[name]]}
+    return {"choices": [(called, key) for key, called in choices(words, name).items()]}
 
 
 def _button(name: str, words: Words) -> gr.Button:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from batchnorm.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import fastapi
 
 #: Where the search for a free port begins, and how many are tried: Gradio's.
 PORT, TRIES = 7860, 100
@@ -34,24 +38,19 @@ def listen(host: str, port: int | None) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a host's name"
         raise ArgumentError(
-            f"--host: expected an address of this machine, got {host!r}: {error.strerror}. "
+            f"--host: expected an address of this machine, got {host!r}: {reason}. "
             "Leave --host away for 127.0.0.1."
         ) from error
     ports = range(PORT, PORT + TRIES) if port is None else (port,)
     for number in ports:
-        found = socket.socket(family, socket.SOCK_STREAM)
-        # A port that a server has just left is free.
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((address[0], number))
-            found.listen()
+            return socket.create_server((address[0], number), family=family)
         except OSError as error:
-            found.close()
-            reason = error.strerror
-        else:
-            return found
+            # `create_server` adds the address, which is said already.
+            reason = str(error.strerror).partition(" (while")[0]
     wanted = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + TRIES - 1}"
     raise ArgumentError(
         f"expected to listen on {wanted} of {host}, got: {reason}. Choose another with --port, or "
@@ -77,6 +76,38 @@ def address(found: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def application(language: str, *, loopback: bool) -> fastapi.FastAPI:
+    """Return what answers the browser.
+
+    Args:
+        language: of the page at first, "zh" or "en".
+        loopback: whether it is served to this machine only.
+    """
+    import fastapi
+    import gradio as gr
+
+    from batchnorm.playground.app import CSS, Playground
+    from batchnorm.playground.guard import Guard
+
+    app: fastapi.FastAPI = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),  # its documentation is fetched
+        Playground().page(language),
+        path="/",
+        theme=gr.themes.Base(font="system-ui", font_mono="monospace"),  # others are fetched
+        css_paths=[CSS],
+        js=ON_LOAD.replace("LANGUAGE", language),
+        footer_links=[],
+        run_history=False,
+        max_file_size=0,  # the page takes no files
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        mcp_server=False,
+    )
+    app.add_middleware(Guard, loopback=loopback)
+    return app
+
+
 def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> None:
     """Serve the page until the process is interrupted; trainings end with it.
 
@@ -88,29 +119,12 @@ def serve(found: socket.socket, language: str, ready: Callable[[], None]) -> Non
     Raises:
         KeyboardInterrupt: Ctrl-C, after everything has been closed.
     """
-    import fastapi
-    import gradio as gr
     import torch
     import uvicorn
 
-    from batchnorm.playground.app import CSS, Playground
-
     # A second thread gains nothing with layers this small, and every tab trains in one of its own.
     torch.set_num_threads(1)
-    app = gr.mount_gradio_app(
-        fastapi.FastAPI(),
-        Playground().page(language),
-        path="/",
-        theme=gr.themes.Base(font="system-ui", font_mono="monospace"),  # others are fetched
-        css_paths=[CSS],
-        js=ON_LOAD.replace("LANGUAGE", language),
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-        enable_monitoring=False,
-        mcp_server=False,
-    )
+    app = application(language, loopback=is_loopback(found))
     ready()
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=GRACE)
     uvicorn.Server(config).run(sockets=[found])

@@ -130,7 +130,7 @@ class Settings:
                 continue
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise SettingError(name, value) from None
             if number not in RANGES[name]:
                 raise SettingError(name, value)

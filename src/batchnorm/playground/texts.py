@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 
 from batchnorm.playground.settings import CHOICES, RANGES, SettingError, Settings
-from batchnorm.playground.training import NORMALIZED, PLAIN, Snapshot
+from batchnorm.playground.training import NORMALIZED, PLAIN, SPAN, Snapshot
 
 #: By language, in its own words.
 LANGUAGES = {"zh": "中文", "en": "English"}
@@ -28,7 +28,7 @@ _EN = {
     "width": "Units in each",
     "activation": "Activation",
     "rate": "Learning rate",
-    "exponent": "Rate: 0.0001 to 100",
+    "exponent": "Rate: {low:g} to {high:g}".format(**vars(RANGES["rate"])),
     "batch": "Batch size",
     "init": "Initial weights",
     "steps": "Steps",
@@ -90,6 +90,7 @@ _EN = {
     "then": "Nothing was started: correct it and press Start again.",
     "nothing": "nothing",
     "quotes": "“{}”",
+    "comma": ", ",
     # Pictures
     "loss": "Training loss: the mean of the last five batches",
     "accuracy": "Test accuracy: the share of 503 new digits that is read right",
@@ -98,8 +99,8 @@ _EN = {
         "is the output"
     ),
     "inputs": (
-        "What the activation functions are given in a batch, layer by layer; what is beyond ±5 is "
-        "counted at the edge"
+        "What the activation functions are given in a batch, layer by layer; what is beyond "
+        f"±{SPAN:g} is counted at the edge"
     ),
 }
 
@@ -118,7 +119,7 @@ _ZH = {
     "width": "每层单元数",
     "activation": "激活函数",
     "rate": "学习率",
-    "exponent": "学习率：0.0001 到 100",
+    "exponent": "学习率：{low:g} 到 {high:g}".format(**vars(RANGES["rate"])),
     "batch": "批次大小",
     "init": "初始权重",
     "steps": "步数",
@@ -169,10 +170,11 @@ _ZH = {
     "then": "训练没有开始：请改正后再按“开始”。",
     "nothing": "空白",
     "quotes": "“{}”",
+    "comma": "、",
     "loss": "训练损失：最近五个批次的平均",
     "accuracy": "测试准确率：503 个新数字中认对的比例",
     "gradients": "各层权重的梯度范数：粗线是现在，细线是训练开始时。最后一层是输出层",
-    "inputs": "一个批次中激活函数的输入，逐层给出；超出 ±5 的计在边上",
+    "inputs": f"一个批次中激活函数的输入，逐层给出；超出 ±{SPAN:g} 的计在边上",
     # The pictures' own words
     "step": "步数",
     "training loss": "训练损失",
@@ -189,6 +191,15 @@ Words = Mapping[str, str]
 TEXTS: Mapping[str, Words] = {"zh": _ZH, "en": _EN}
 
 
+def choices(words: Words, name: str) -> dict[str, str]:
+    """Return what the values of a setting are called.
+
+    >>> choices(TEXTS["en"], "init")["1"]
+    'large: standard deviation 1'
+    """
+    return {key: words.get(f"{name}.{key}", key) for key in CHOICES[name]}
+
+
 def refusal(words: Words, error: SettingError) -> str:
     """Say what is wrong with a setting.
 
@@ -199,7 +210,8 @@ def refusal(words: Words, error: SettingError) -> str:
     said = words["nothing"] if empty else words["quotes"].format(error.value)
     known = {"label": words[error.name], "value": said, "then": words["then"]}
     if error.name in CHOICES:
-        return words["refused.choice"].format(choices=", ".join(CHOICES[error.name]), **known)
+        listed = words["comma"].join(choices(words, error.name).values())
+        return words["refused.choice"].format(choices=listed, **known)
     limits = RANGES[error.name]
     kind = "refused.whole" if limits.whole else "refused.number"
     return words[kind].format(low=f"{limits.low:g}", high=f"{limits.high:g}", **known)
