@@ -101,6 +101,7 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
 def test_an_address_that_is_not_this_machines_is_told(host):
     error, _ = refused("--host", host, "--port", "0")
     assert isinstance(error, ArgumentError)
+    assert str(error).startswith("--host: expected an address of this machine")
 
 
 def test_others_are_warned_of():

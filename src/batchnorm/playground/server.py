@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -40,10 +41,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         )[0]
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a host's name"
-        raise ArgumentError(
-            f"--host: expected an address of this machine, got {host!r}: {reason}. "
-            "Leave --host away for 127.0.0.1."
-        ) from error
+        raise _elsewhere(host, reason) from error
     ports = range(PORT, PORT + TRIES) if port is None else (port,)
     for number in ports:
         try:
@@ -51,10 +49,19 @@ def listen(host: str, port: int | None) -> socket.socket:
         except OSError as error:
             # `create_server` adds the address, which is said already.
             reason = str(error.strerror).partition(" (while")[0]
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise _elsewhere(host, reason) from error
     wanted = f"port {port}" if port is not None else f"a port from {PORT} to {PORT + TRIES - 1}"
     raise ArgumentError(
         f"expected to listen on {wanted} of {host}, got: {reason}. Choose another with --port, or "
         "leave --port away for the first that is free."
+    )
+
+
+def _elsewhere(host: str, reason: str | None) -> ArgumentError:
+    return ArgumentError(
+        f"--host: expected an address of this machine, got {host!r}: {reason}. "
+        "Leave --host away for 127.0.0.1."
     )
 
 
