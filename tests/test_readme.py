@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm import exercises
+
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {name: (ROOT / name).read_text() for name in ("README.md", "README.zh.md")}
 
@@ -57,3 +59,11 @@ def test_make_targets_exist(name):
 def test_the_number_of_experiments_is_right(name, words):
     lab = pytest.importorskip("batchnorm.lab")
     assert f"{len(lab.discover())} {words}" in READMES[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("README.md", "ten exercises"), ("README.zh.md", "十道练习")]
+)
+def test_the_number_of_exercises_is_right(name, words):
+    assert len(exercises.discover()) == 10
+    assert words in READMES[name]

@@ -29,7 +29,7 @@ def add(app: typer.Typer) -> None:
             typer.Option(metavar="zh|en", help="Its language; the environment's if not given."),
         ] = None,
         only_print: Annotated[
-            bool, typer.Option("--print", help="Print its address, and open nothing.")
+            bool, typer.Option("--print", metavar=" ", help="Print its address, and open nothing.")
         ] = False,
     ) -> None:
         """Open the article on batch normalization, with the whole documentation, offline."""

@@ -77,7 +77,7 @@ def add(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="FILE", help="Check the answer in this file.")
         ] = None,
         solution: Annotated[
-            bool, typer.Option("--solution", help="Print a solution. Try first.")
+            bool, typer.Option("--solution", metavar=" ", help="Print a solution. Try first.")
         ] = False,
         seed: Annotated[
             int | None,

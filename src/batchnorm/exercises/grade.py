@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 def grade(exercise: Exercise, path: Path, seed: int) -> list[Outcome]:
-    """The outcome of every check; of the reading alone, if the file cannot be read.
+    """The outcome of every check; of the reading alone, if the file cannot be run.
 
     Args:
         exercise: which it is an answer to.
