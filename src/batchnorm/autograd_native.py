@@ -328,7 +328,7 @@ class NativeFunction(torch.autograd.Function):
             raise NotServedError
         kept += (statistics, count)
         ctx.set_materialize_grads(False)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.backend = kernels, kernels.NAME
         pool = None
         if moments is not None:
             flags |= calls.TRAINING

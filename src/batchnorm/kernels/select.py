@@ -68,7 +68,9 @@ def backends() -> tuple[Backend, ...]:
                 "what is compiled, exported or transformed must be operations that torch sees "
                 "through"
             )
-            + (f"; BATCHNORM_DISABLE names {unknown}, expected native or triton" if unknown else ""),
+            + (
+                f"; BATCHNORM_DISABLE names {unknown}, expected native or triton" if unknown else ""
+            ),
         ),
         Backend(
             "triton",
@@ -102,9 +104,7 @@ def backends() -> tuple[Backend, ...]:
     )
 
 
-def whole(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Any:
+def whole(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Any:
     """The kernels that may serve this call as a whole (they ask the rest themselves), or None."""
     if native.serves(x, weight, bias, residual):
         return native

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from batchnorm.kernels import calls
 
+NAME = "native"
+
 #: Another build of the operators may be named, such as one with sanitizers.
 LIBRARY = Path(
     os.environ.get("BATCHNORM_NATIVE_LIBRARY") or Path(__file__).with_name("_kernels.abi3.so")

@@ -17,14 +17,30 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import calls
+from batchnorm.kernels.triton.launch import (
+    backward as backward,
+)
+from batchnorm.kernels.triton.launch import (
+    backward_reduce as backward_reduce,
+)
+from batchnorm.kernels.triton.launch import (
+    forward as forward,
+)
+from batchnorm.kernels.triton.launch import (
+    moments as moments,
+)
+from batchnorm.kernels.triton.launch import (
+    update as update,
+)
+from batchnorm.kernels.triton.operand import ELEMENTS
+
+NAME = "triton"
 
 #: Triton decides so too, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 #: Compute capability from which on bfloat16 arithmetic is the chip's own.
 CAPABILITY = (8, 0)
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def missing() -> str | None:
@@ -59,7 +75,7 @@ def _too_old(index: int) -> str | None:
 
 def on_device(x: Tensor) -> bool:
     """Whether the tensor is where kernels run, and of a dtype that they are for."""
-    if _not_there() is not None or x.dtype not in DTYPES:
+    if _not_there() is not None or x.dtype not in ELEMENTS:
         return False
     if INTERPRETED:
         return x.device.type in ("cpu", "cuda")
@@ -69,14 +85,3 @@ def on_device(x: Tensor) -> bool:
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether these are plain tensors on a GPU, and operations are done as they are called."""
     return on_device(x) and calls.plain(x, weight, bias, residual)
-
-
-if find_spec("triton") is not None:
-    # Triton takes half a second to import, and is only imported when a call comes.
-    from batchnorm.kernels.triton.launch import (
-        backward as backward,
-        backward_reduce as backward_reduce,
-        forward as forward,
-        moments as moments,
-        update as update,
-    )

@@ -57,9 +57,7 @@ class Arrangement:
 
 
 @lru_cache(maxsize=1024)
-def arrangement(
-    shape: Sequence[int], strides: Sequence[int], channel: int
-) -> Arrangement | None:
+def arrangement(shape: Sequence[int], strides: Sequence[int], channel: int) -> Arrangement | None:
     """How a tensor lies in memory; None if there are gaps or overlaps."""
     # Of equal strides one axis has the size 1, and may stand on either side.
     order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.forward_kernels import channel_numbers
-from batchnorm.kernels.triton.tiles import (
+from batchnorm.kernels.triton.device.forward import channel_numbers
+from batchnorm.kernels.triton.device.tiles import (
     activation_slope,
     affine,
     along,
@@ -33,7 +33,17 @@ def read_channels(statistics, channels, weight, bias, c, inside, eps):
 
 @triton.jit
 def terms(
-    dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr
+    dy,
+    x,
+    y,
+    mask,
+    at,
+    inside,
+    at_mask,
+    numbers,
+    invstd,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
     """dz, x̂ and the weight of each element of a tile."""
     mean_high, mean_low, scale, shift = numbers
@@ -126,11 +136,10 @@ def sums_kernel(
         lever_sum += within_threads(dz * x_hat, RO, RI)
         if dz_out is not None:
             tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
-    if partial is not None:
-        stride = tl.num_programs(1).to(tl.int64) * channels
-        to = partial + index.to(tl.int64) * channels + channel
-        tl.store(to, total(dz_sum).to(tl.float64), mask=known)
-        tl.store(to + stride, total(lever_sum).to(tl.float64), mask=known)
+    stride = tl.num_programs(1).to(tl.int64) * channels
+    to = partial + index.to(tl.int64) * channels + channel
+    tl.store(to, total(dz_sum).to(tl.float64), mask=known)
+    tl.store(to + stride, total(lever_sum).to(tl.float64), mask=known)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.tiles import (
+from batchnorm.kernels.triton.device.tiles import (
     along,
     axes,
     double,
@@ -126,7 +126,22 @@ def moments_kernel(
     end = tl.minimum(tile + per_split, tiles)
     inner = units * UNIT
     n, mean, m2 = moments_of(
-        x, mask, first_c, tile, end, outer, channels, inner, tiles_i, BO, BC, BI, RO, RI, WIDE, STAGES
+        x,
+        mask,
+        first_c,
+        tile,
+        end,
+        outer,
+        channels,
+        inner,
+        tiles_i,
+        BO,
+        BC,
+        BI,
+        RO,
+        RI,
+        WIDE,
+        STAGES,
     )
     c = first_c + tl.arange(0, BC)
     inside = c < channels

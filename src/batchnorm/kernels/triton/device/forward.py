@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.moment_kernels import are_sound, conclude, keep, take_in
-from batchnorm.kernels.triton.tiles import (
+from batchnorm.kernels.triton.device.moments import are_sound, conclude, keep, take_in
+from batchnorm.kernels.triton.device.tiles import (
     activate,
     affine,
     along,
