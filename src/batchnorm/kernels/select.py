@@ -1,7 +1,7 @@
 """Which kernels serve this call, and why. The only place that knows all of them.
 
-`native` and `triton` serve whole calls, forward and backward, running update included: `whole` finds
-them. What they leave comes here in parts, and this module chooses among the others.
+`native` and `triton` serve whole calls, forward and backward, running update included: `whole`
+finds them. What they leave comes here in parts, and this module chooses among the others.
 
 The names of backends travel from a forward pass to its backward pass, so that both compute from
 statistics of the same kind.

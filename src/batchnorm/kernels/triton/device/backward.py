@@ -217,7 +217,7 @@ def gradient_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """Each program: the gradient of x in its part of its channels, against `sums_kernel`'s order."""
+    """Each program: the gradient of x in its part, in the reverse order of `sums_kernel`."""
     inner = units * UNIT
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)

@@ -1,4 +1,4 @@
-"""The second pass of the forward direction, and all of it in one launch where a tile holds enough."""
+"""The second pass of the forward direction; and all of it at once where a tile holds enough."""
 
 import triton
 import triton.language as tl
