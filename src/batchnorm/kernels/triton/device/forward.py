@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.device.moments import are_sound, conclude, keep, take_in
+from batchnorm.kernels.triton.device.moments import SMALL, are_sound, conclude, keep, take_in
 from batchnorm.kernels.triton.device.tiles import (
     activate,
     affine,
     along,
     axes,
     double,
+    finite,
     inverse_std,
     or_one,
     parameter,
@@ -148,6 +149,10 @@ def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, WIDE):
     shift = total(tl.where(counted, (v - along(pivot)) * share, 0.0))
     d = tl.where(counted, (v - along(pivot)) - along(shift), 0.0)
     m2 = total(d * d * weights).to(tl.float64)
+    if tl.max(tl.where(finite(m2), 0, 1), axis=0) > 0:
+        # NaN, infinity, or squares beyond float32: once more, small enough.
+        d *= SMALL
+        m2 = total(d * d * weights).to(tl.float64) / (SMALL * SMALL)
     return v, at, inside, n, pivot.to(tl.float64) + shift.to(tl.float64), m2
 
 
