@@ -204,9 +204,12 @@ def in_graphs(
     channel_dim: int,
 ) -> Any:
     """The operators that take this call into a graph of torch.compile, or None."""
-    if triton.ABSENT is not None or not torch.compiler.is_compiling() or exported():
+    if not torch.compiler.is_compiling() or not (triton.INTERPRETED or x.is_cuda):
         return None
-    # Here, because the compiler is needed to import them: half a second.
+    # Transforms of torch.func take operations apart, and exported graphs go where Triton is not.
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or exported():
+        return None
+    # Here, because they import parts of the compiler.
     from batchnorm.kernels.triton import operators
 
     return operators if operators.serves(x, vectors, residual, eps, channel_dim) else None
