@@ -26,7 +26,7 @@ from batchnorm.kernels.triton.operand import (
     recorded,
     served,
 )
-from batchnorm.kernels.triton.plans import MERGED, power_of_two
+from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
 
 Count = float | Tensor
 
@@ -169,8 +169,8 @@ def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> Non
     ready(device().moments.finish_kernel, of.x)[(-(-of.channels // MERGED),)](
         *(partial, *merge, of.channels, of.plan.splits),
         BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
+        BS=of.plan.merged_parts,
+        num_warps=MERGING_WARPS,
         **COMPILED,
     )
 
@@ -186,7 +186,7 @@ def _normalize(
     """y by the moments given, or by those that are to be merged."""
     ready(device().forward.normalize_kernel, of.x)[of.grid](
         *(*data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-        BS=of.parts,
+        BS=of.plan.parts,
         **of.constants,
         **_activation(flags),
     )
@@ -301,7 +301,7 @@ def backward(
             ready(device().backward.gradient_kernel, of.x)[of.grid](
                 *(*data, dx, *channel, sums if training else None, partial, *outs),
                 *(*counted, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-                BS=of.parts,
+                BS=of.plan.parts,
                 **of.constants,
                 **_activation(flags),
             )
@@ -361,8 +361,8 @@ def _finish_sums(
     ready(device().backward.finish_sums_kernel, of.x)[(-(-of.channels // MERGED),)](
         *(partial, sums, d_weight, d_bias, of.channels, of.plan.splits),
         BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
+        BS=of.plan.merged_parts,
+        num_warps=MERGING_WARPS,
         **COMPILED,
     )
 
