@@ -13,7 +13,7 @@ from batchnorm.kernels.triton.device.tiles import (
     finite,
     inverse_std,
     or_one,
-    parameter,
+    split,
     start,
     total,
     weights_at,
@@ -24,11 +24,18 @@ from batchnorm.kernels.triton.device.tiles import (
 
 @triton.jit
 def read_channels(statistics, channels, weight, bias, c, inside, eps):
-    """A channel's numbers, and 1/√(var + eps)."""
+    """A channel's numbers; and what the mean has besides the first of them, and 1/√(var + eps)."""
     mean = tl.load(statistics + c, mask=inside, other=0.0)
     var = tl.load(statistics + channels + c, mask=inside, other=1.0)
+    _, rest = split(mean)
     numbers = channel_numbers(mean, var, weight, bias, c, inside, eps)
-    return numbers, inverse_std(var, eps)
+    return numbers, rest, inverse_std(var, eps)
+
+
+@triton.jit
+def lever(distances, dz_sum, rest, invstd):
+    """Σdz·x̂ from Σdz·d, where d = x − near and so x̂ = (d − rest)/√(var + eps)."""
+    return (distances - rest.to(tl.float64) * dz_sum) * invstd.to(tl.float64)
 
 
 @triton.jit
@@ -41,36 +48,43 @@ def terms(
     inside,
     at_mask,
     numbers,
-    invstd,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """dz, x̂ and the weight of each element of a tile."""
-    mean_high, mean_low, scale, shift = numbers
+    """dz, x − near and the weight of each element of a tile."""
+    near, scale, shift = numbers
     first_o, first_i, o, i, inner, inside_oi = at_mask
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    d = v - near
+    dz = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     else:
-        z = affine(v, mean_high, mean_low, scale, shift)
-    dz = activation_slope(d, z, ACTIVATION, SLOPE)
-    x_hat = ((v - mean_high) - mean_low) * invstd
+        z = affine(d, scale, shift)
+    dz = activation_slope(dz, z, ACTIVATION, SLOPE)
     # What lies outside of the tensor was read as 0, which is not its channel's mean.
     weights = tl.where(inside_oi, 1.0, 0.0)
     if mask is not None:
         # What does not count may hold NaN, or get it from the loss; a finite share stays.
         weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
-        sound = (weights > 0) | (finite(v) & finite(dz) & finite(x_hat))
+        sound = (weights > 0) | (finite(d) & finite(dz))
         dz = tl.where(sound, dz, 0.0)
-        x_hat = tl.where(sound, x_hat, 0.0)
-    return dz, x_hat, weights
+        d = tl.where(sound, d, 0.0)
+    return dz, d, weights
 
 
 @triton.jit
-def gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever):
+def pulls(dz_sum, lever_sum, n, rest, invstd):
+    """(Σdz + x̂·Σdz·x̂) / count as a number and a factor of d."""
+    share = 1.0 / or_one(n)
+    factor = (lever_sum * share).to(tl.float32) * invstd
+    return along((dz_sum * share).to(tl.float32) - rest * factor), along(factor)
+
+
+@triton.jit
+def gradient_of(dz, d, weights, mask, scale, constant, factor):
     """dx = γ/√(var + eps) · (dz − w · (Σdz + x̂·Σdz·x̂) / count)."""
-    pull = mean_dz + x_hat * mean_lever
+    pull = constant + d * factor
     if mask is not None:
         pull = tl.where(weights > 0, pull * weights, 0.0)
     return scale * (dz - pull)
@@ -112,15 +126,14 @@ def sums_kernel(
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    numbers, invstd = read_channels(
+    numbers, rest, invstd = read_channels(
         statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
     )
-    invstd = along(invstd.to(tl.float32))
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
     offsets = (o * channels + c) * inner + i
     dz_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
-    lever_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    distance_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
     begin = index * per_split
     end = tl.minimum(begin + per_split, tiles)
     for tile in tl.range(begin, end, num_stages=STAGES):
@@ -129,17 +142,17 @@ def sums_kernel(
         inside = inside_oi & inside_c
         at = (first_o * channels + first_c) * inner + first_i + offsets
         at_mask = first_o, first_i, o, i, inner, inside_oi
-        dz, x_hat, _ = terms(
-            dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
-        )
+        dz, d, weights = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
         dz_sum += within_threads(dz, RO, RI)
-        lever_sum += within_threads(dz * x_hat, RO, RI)
+        distance_sum += within_threads(dz * d, RO, RI)
         if dz_out is not None:
             tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
     stride = tl.num_programs(1).to(tl.int64) * channels
     to = partial + index.to(tl.int64) * channels + channel
-    tl.store(to, total(dz_sum, 1, 1), mask=known)
-    tl.store(to + stride, total(lever_sum, 1, 1), mask=known)
+    of_dz = total(dz_sum, 1, 1)
+    tl.store(to, of_dz, mask=known)
+    of_lever = lever(total(distance_sum, 1, 1), of_dz, rest, invstd)
+    tl.store(to + stride, of_lever, mask=known)
 
 
 @triton.jit
@@ -224,13 +237,11 @@ def gradient_kernel(
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    numbers, inverse = read_channels(
+    numbers, rest, invstd = read_channels(
         statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
     )
-    invstd = along(inverse.to(tl.float32))
-    scale = along((inverse * parameter(weight, channel, known, 1.0)).to(tl.float32))
-    mean_dz = tl.zeros([1, BC, 1], tl.float32)
-    mean_lever = mean_dz
+    constant = tl.zeros([1, BC, 1], tl.float32)
+    factor = constant
     if (sums is not None) or (partial is not None):
         n = double(count_high, count_low)
         if count is not None:
@@ -242,8 +253,7 @@ def gradient_kernel(
             dz_sum, lever_sum = added(partial, channel, known, channels, splits, BS)
             if index == 0:
                 write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
-        mean_dz = along((dz_sum / or_one(n)).to(tl.float32))
-        mean_lever = along((lever_sum / or_one(n)).to(tl.float32))
+        constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
     offsets = (o * channels + c) * inner + i
@@ -256,10 +266,8 @@ def gradient_kernel(
         inside = inside_oi & inside_c
         at = (first_o * channels + first_c) * inner + first_i + offsets
         at_mask = first_o, first_i, o, i, inner, inside_oi
-        dz, x_hat, weights = terms(
-            dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
-        )
-        out = gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever)
+        dz, d, weights = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
+        out = gradient_of(dz, d, weights, mask, numbers[1], constant, factor)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -301,7 +309,7 @@ def whole_gradient_kernel(
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    numbers, inverse = read_channels(
+    numbers, rest, invstd = read_channels(
         statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
     )
     o, c, i = axes(BO, BC, BI, WIDE)
@@ -309,24 +317,19 @@ def whole_gradient_kernel(
     inside = inside_oi & within(first_c, c, channels, WIDE)
     at = (o * channels + first_c + c) * inner + i
     at_mask = 0, 0, o, i, inner, inside_oi
-    invstd = along(inverse.to(tl.float32))
-    dz, x_hat, weights = terms(
-        dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
-    )
+    dz, d, weights = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
     dz_sum = total(dz, RO, RI)
-    lever_sum = total(dz * x_hat, RO, RI)
+    lever_sum = lever(total(dz * d, RO, RI), dz_sum, rest, invstd)
     write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
     if dz_out is not None:
         tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
     if dx is not None:
-        mean_dz = tl.zeros([1, BC, 1], tl.float32)
-        mean_lever = mean_dz
+        constant = tl.zeros([1, BC, 1], tl.float32)
+        factor = constant
         if TRAINING:
             n = double(count_high, count_low)
             if count is not None:
                 n = tl.load(count)
-            mean_dz = along((dz_sum / or_one(n)).to(tl.float32))
-            mean_lever = along((lever_sum / or_one(n)).to(tl.float32))
-        scale = along((inverse * parameter(weight, channel, known, 1.0)).to(tl.float32))
-        out = gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever)
+            constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
+        out = gradient_of(dz, d, weights, mask, numbers[1], constant, factor)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)

@@ -24,9 +24,9 @@ from batchnorm.kernels.triton.device.tiles import (
 
 @triton.jit
 def finish(v, residual, at, inside, numbers, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """y of a tile; the numbers are a channel's mean (in two), scale and shift."""
-    mean_high, mean_low, scale, shift = numbers
-    z = affine(v, mean_high, mean_low, scale, shift)
+    """y of a tile."""
+    near, scale, shift = numbers
+    z = affine(v - near, scale, shift)
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     return activate(z, ACTIVATION, SLOPE)
@@ -34,11 +34,15 @@ def finish(v, residual, at, inside, numbers, ACTIVATION: tl.constexpr, SLOPE: tl
 
 @triton.jit
 def channel_numbers(mean, var, weight, bias, c, inside, eps):
-    """What an element needs of its channel: mean (in two), γ/√(var + eps) and β."""
-    high, low = split(mean)
+    """What an element needs of its channel, to become (x − near) · scale + shift.
+
+    Near is the mean as a float32, from which x is subtracted exactly where it is near, too; what
+    the mean has besides is in the shift.
+    """
+    near, rest = split(mean)
     scale = inverse_std(var, eps) * parameter(weight, c, inside, 1.0)
-    shift = parameter(bias, c, inside, 0.0)
-    return high, low, along(scale.to(tl.float32)), along(shift.to(tl.float32))
+    shift = parameter(bias, c, inside, 0.0) - rest * scale
+    return along(near), along(scale), along(shift)
 
 
 @triton.jit
