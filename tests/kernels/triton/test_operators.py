@@ -4,11 +4,7 @@ On a GPU, or in Triton's interpreter, whose operators the compiler does not look
 when it does, `test_graphs.py` has.
 """
 
-import pytest
 import torch
-
-import oracle
-from batchnorm import BatchNorm, batch_norm_pure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -154,12 +154,13 @@ def moments_kernel(
     mask,
     partial,  # (3, splits, channels)
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -173,7 +174,7 @@ def moments_kernel(
     first_c = tl.program_id(0) * BC
     tile = index * per_split
     end = tl.minimum(tile + per_split, tiles)
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     n, mean, m2 = moments_of(
         x,
         mask,
