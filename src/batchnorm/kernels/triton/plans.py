@@ -12,7 +12,8 @@ from functools import lru_cache
 
 #: Bytes that a thread reads of a tile: four loads of 16. Where memory is not aligned for those, at
 #: most 16 loads: each needs an address and a comparison of its own, and 32 of them 230 registers.
-#: So a thread stays at about 64, and 8 programs of 4 warps share a multiprocessor.
+#: So a thread has 32 to 130 for aligned data, and 4 or more programs of 4 warps share a
+#: multiprocessor (tests/kernels/triton/test_ptx.py looks).
 PER_THREAD = 64
 LOADS = 16
 WARPS = 4
@@ -23,16 +24,18 @@ WHOLE = 8192
 MOST_WARPS = 16
 FEW = 1024
 
-#: Programs of a pass: two waves of 8 on each of 132 multiprocessors.
-PROGRAMS = 2112
+#: Programs of a pass: 32 for each of 132 multiprocessors, of which 4 to 12 are there at a time. The
+#: last ones run while others idle, so the more there are the less that costs; and each has a start
+#: and partial sums of its own.
+PROGRAMS = 4224
 
 #: One in so many of a pass's bytes may be a partial sum's: 24 for each channel of a program.
 OVERHEAD = 20
 PARTIAL = 24
 
 #: Bytes that all programs of a second pass may read from the second-level cache, each merging the
-#: parts for itself: about a microsecond's worth, and a launch that merges takes longer.
-FOLD = 4 << 20
+#: parts for itself: one or two microseconds' worth, and a launch that merges takes longer.
+FOLD = 8 << 20
 
 #: How many numbers of each kind a program of the second pass reads at once to merge them: 8 of
 #: float64 a thread.
@@ -44,8 +47,8 @@ MERGED = 4
 MERGING_WARPS = 8
 MERGED_PARTS = 4096
 
-#: Tiles of a program whose loads are in flight: one of 8 KB, with 8 programs on a multiprocessor,
-#: makes 64 KB; at 3.35 TB/s and 700 ns 18 KB must be. More would need shared memory.
+#: Tiles of a program whose loads are in flight: one of 8 KB, with 4 programs on a multiprocessor,
+#: makes 32 KB; at 3.35 TB/s and 700 ns 18 KB must be. More would need shared memory.
 STAGES = 1
 
 #: A run of memory that is worth a request of its own: a line of the cache; and the least, a sector.
@@ -156,9 +159,8 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
         per_split = max(per_split, -(-tiles * blocks // PROGRAMS))
         splits = -(-tiles // per_split)
         wide = _wide(outer, channels, inner, tile)
-        return Plan(
-            whole, tile, units, wide, warps, loads, blocks, tiles_i, tiles, per_split, splits
-        )
+        cuts = blocks, tiles_i, tiles, per_split, splits
+        return Plan(whole, tile, units, wide, warps, loads, *cuts)
 
     tile = _whole_tile(outer, channels, inner, itemsize)
     if tile is not None:
