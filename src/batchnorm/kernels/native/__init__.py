@@ -67,7 +67,7 @@ if MISSING is None:
 
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether these are plain tensors on the CPU, and operations are done as they are called."""
-    return MISSING is None and x.is_cpu and calls.plain(x, weight, bias, residual)
+    return MISSING is None and calls.plain(x, weight, bias, residual) and x.is_cpu
 
 
 def use(level: int = -1, *, serial_elements: int = -1, stream_bytes: int = -1) -> int:

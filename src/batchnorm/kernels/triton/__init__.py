@@ -43,26 +43,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAPABILITY = (8, 0)
 
 
-def missing() -> str | None:
-    """Why there are no kernels here, or None."""
-    if reason := _not_there():
-        return reason
-    if INTERPRETED:
-        return None
-    if torch.version.hip is not None:
-        return "they have not been tried with ROCm"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU"
-    return _too_old(torch.cuda.current_device())
-
-
-@lru_cache(maxsize=1)
-def _not_there() -> str | None:
+def _absent() -> str | None:
     if "triton" in os.environ.get("BATCHNORM_DISABLE", "").split(","):
         return "the environment variable BATCHNORM_DISABLE names it"
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     return None
+
+
+#: Why there are no kernels whatever the machine has, or None.
+ABSENT = _absent()
+
+
+def missing() -> str | None:
+    """Why there are no kernels here, or None."""
+    if ABSENT or INTERPRETED:
+        return ABSENT
+    if torch.version.hip is not None:
+        return "they have not been tried with ROCm"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    return _too_old(torch.cuda.current_device())
 
 
 @lru_cache
@@ -73,15 +74,11 @@ def _too_old(index: int) -> str | None:
     return f"expected compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the GPU has {found}"
 
 
-def on_device(x: Tensor) -> bool:
-    """Whether the tensor is where kernels run, and of a dtype that they are for."""
-    if _not_there() is not None or x.dtype not in ELEMENTS:
+def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether these are plain tensors on a GPU, and operations are done as they are called."""
+    # First whether operations are recorded: the compiler must not look into the rest.
+    if ABSENT or not calls.plain(x, weight, bias, residual) or x.dtype not in ELEMENTS:
         return False
     if INTERPRETED:
         return x.device.type in ("cpu", "cuda")
     return x.is_cuda and torch.version.hip is None and _too_old(x.device.index) is None
-
-
-def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether these are plain tensors on a GPU, and operations are done as they are called."""
-    return on_device(x) and calls.plain(x, weight, bias, residual)

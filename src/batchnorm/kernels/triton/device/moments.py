@@ -21,11 +21,85 @@ from batchnorm.kernels.triton.device.tiles import (
 #: As validation.MIN_COUNT: of fewer values there is no unbiased variance.
 MIN_COUNT = tl.constexpr(2.0)
 
+#: A power of 2 that brings the largest deviations in float32, 2¹²⁹, to where 2²⁰ of their squares
+#: can be added: 2⁻⁷⁸ would do for one.
+SMALL = tl.constexpr(2.0**-90)
+
 
 @triton.jit
-def mean_of(values, counted, found):
-    """Mean of the elements of a tile that count: shares before the sum, which might overflow."""
-    return total(tl.where(counted, values * (1.0 / or_one(found)), 0.0))
+def pivot_of(values, counted, found, RO: tl.constexpr, RI: tl.constexpr):
+    """About the mean of the elements of a tile that count: any number near them is right."""
+    # Shares before the sum, which might overflow.
+    shares = tl.where(counted, values * (1.0 / or_one(found)), 0.0)
+    return total(shares, RO, RI).to(tl.float32)
+
+
+@triton.jit
+def sums_of(
+    x,
+    mask,
+    scale,
+    first_c,
+    begin,
+    end,
+    outer,
+    channels,
+    inner,
+    tiles_i,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,
+    RI: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Σd and Σd² of the tiles from `begin` to before `end`, d = scale · (x − pivot), and the pivot.
+
+    The pivot is the mean of the first tile that has an element. Also Σw, with a mask.
+    """
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside_c = within(first_c, c, channels, WIDE)
+    offsets = (o * channels + c) * inner + i
+    d_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    square_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    weight_sum = tl.zeros([BO, 1, BI], tl.float32)
+    pivot = tl.zeros([BC], tl.float32)
+    seen = tl.full([], 0.0, tl.float32)
+    if mask is None:
+        first_o, first_i = start(begin, tiles_i, BO, BI)
+        inside = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE) & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        found = elements_before(begin + 1, tiles_i, outer, inner, BO, BI)
+        found -= elements_before(begin, tiles_i, outer, inner, BO, BI)
+        pivot = pivot_of(v, inside, found.to(tl.float32), RO, RI)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        first_o, first_i = start(tile, tiles_i, BO, BI)
+        inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
+        inside = inside_oi & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if mask is None:
+            d = tl.where(inside, v * scale - along(pivot * scale), 0.0)
+            d_sum += within_threads(d, RO, RI)
+            square_sum += within_threads(d * d, RO, RI)
+        else:
+            weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
+            counted = inside & (weights > 0)
+            if seen == 0:
+                seen = tl.sum((weights > 0).to(tl.float32))
+                pivot = pivot_of(v, counted, seen, RO, RI)
+            d = tl.where(counted, v * scale - along(pivot * scale), 0.0)
+            d_sum += within_threads(d * weights, RO, RI)
+            square_sum += within_threads(d * d * weights, RO, RI)
+            weight_sum += weights
+    return (
+        total(d_sum, 1, 1),
+        total(square_sum, 1, 1),
+        pivot.to(tl.float64),
+        tl.sum(weight_sum.to(tl.float64)),
+    )
 
 
 @triton.jit
@@ -49,55 +123,30 @@ def moments_of(
 ):
     """Count, mean and m2 of the tiles from `begin` to before `end`, for BC channels.
 
-    Sums of d = x − pivot and of d², in float32, where the pivot is the mean of the first tile that
-    has an element. Of n elements, t of them in that tile, (pivot − mean)² is at most n/t · var; so
-    what cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
+    Of n elements, t of them in the pivot's tile, (pivot − mean)² is at most n/t · var; so what
+    cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
     """
-    o, c, i = axes(BO, BC, BI, WIDE)
-    inside_c = within(first_c, c, channels, WIDE)
-    offsets = (o * channels + c) * inner + i
-    d_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
-    square_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
-    weight_sum = tl.zeros([BO, 1, BI], tl.float32)
-    before = elements_before(begin, tiles_i, outer, inner, BO, BI)
-    pivot = tl.zeros([BC], tl.float32)
-    seen = tl.full([], 0.0, tl.float32)
+    scale = tl.full([], 1.0, tl.float32)
+    d_sum, squares, pivot, n = sums_of(
+        x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+        BO, BC, BI, RO, RI, WIDE, STAGES,
+    )  # fmt: skip
+    if tl.max(tl.where(finite(squares), 0, 1), axis=0) > 0:
+        # NaN, infinity, or squares beyond float32: once more, small enough.
+        scale *= SMALL
+        d_sum, squares, pivot, n = sums_of(
+            x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+            BO, BC, BI, RO, RI, WIDE, STAGES,
+        )  # fmt: skip
     if mask is None:
-        first_o, first_i = start(begin, tiles_i, BO, BI)
-        inside = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE) & inside_c
-        at = (first_o * channels + first_c) * inner + first_i + offsets
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        found = elements_before(begin + 1, tiles_i, outer, inner, BO, BI) - before
-        pivot = mean_of(v, inside, found.to(tl.float32))
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        first_o, first_i = start(tile, tiles_i, BO, BI)
-        inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
-        inside = inside_oi & inside_c
-        at = (first_o * channels + first_c) * inner + first_i + offsets
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if mask is None:
-            d = tl.where(inside, v - along(pivot), 0.0)
-            d_sum += within_threads(d, RO, RI)
-            square_sum += within_threads(d * d, RO, RI)
-        else:
-            weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
-            counted = inside & (weights > 0)
-            if seen == 0:
-                seen = tl.sum((weights > 0).to(tl.float32))
-                pivot = mean_of(v, counted, seen)
-            d = tl.where(counted, v - along(pivot), 0.0)
-            d_sum += within_threads(d * weights, RO, RI)
-            square_sum += within_threads(d * d * weights, RO, RI)
-            weight_sum += weights
-    if mask is None:
-        n = (elements_before(end, tiles_i, outer, inner, BO, BI) - before).to(tl.float64)
-    else:
-        n = tl.sum(weight_sum.to(tl.float64))
+        first = elements_before(begin, tiles_i, outer, inner, BO, BI)
+        n = (elements_before(end, tiles_i, outer, inner, BO, BI) - first).to(tl.float64)
     n += tl.zeros([BC], tl.float64)
-    shift = total(d_sum).to(tl.float64) / or_one(n)
-    m2 = total(square_sum).to(tl.float64) - n * shift * shift
+    unit = 1.0 / scale.to(tl.float64)
+    shift = d_sum * unit / or_one(n)
+    m2 = squares * unit * unit - n * shift * shift
     # Not maximum, which need not pass NaN on.
-    return n, pivot.to(tl.float64) + shift, tl.where(m2 < 0, 0.0, m2)
+    return n, pivot + shift, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
