@@ -3,15 +3,13 @@
 Where an error comes from, with u = 2⁻²⁴, the unit roundoff of float32:
 
 sums
-    A tile and what a program adds up of several are summed in float32, all else in float64. On a
-    GPU a thread adds 16 or 32 elements one after the other, and a tree of 256 threads the rest: 40
-    roundings. Interpreted, NumPy adds rows one after the other: no more than that, for the sizes
-    here. A sum is wrong by no more than `SUMS`·u of the sum of its terms' magnitudes.
+    A thread adds its elements of a load, and what those of each tile of its program come to, in
+    float32; the rest is float64. For the sizes here a sum is wrong by at most `SUMS`·u of the sum of
+    its terms' magnitudes.
 statistics
     So the mean is wrong by SUMS·u·σ, whatever the offset, since it is summed from a pivot near it;
     and m2 by SUMS·u of itself and of what cancels, n·(pivot − mean)². The pivot is the mean of t of
-    the n elements, so that is n/t times m2 at most, for data that were made to be hostile; for
-    others a few times it.
+    the n elements, so that is n/t times m2 at most, for data that were made to be hostile.
 elements
     ((x − mean) − rest)·scale + shift has 6 roundings and the residual and the slope one each; the
     gradient dz − (Σdz + x̂·Σdz·x̂)/n has 8. The errors of sums and statistics come in beside.

@@ -146,6 +146,8 @@ HOSTILE = {
     "constant": lambda x: torch.full_like(x, 3.7),
     "constant and far": lambda x: torch.full_like(x, 16777215.0),
     "large": lambda x: x * 1e17,
+    "huge": lambda x: x * 1e37,
+    "huge and far": lambda x: x * 1e30 + 1e36,
     "small": lambda x: x * 1e-17,
     "denormal": lambda x: x * 1e-40,
     "alternating": lambda x: x + 1e6 * (-1.0) ** torch.arange(len(x), device=DEVICE)[:, None],
@@ -157,7 +159,7 @@ HOSTILE = {
 def test_hostile_data(cut, kind):
     """What cancels in m2 is at most the number of tiles in a program times it: 3 here."""
     x = HOSTILE[kind](normal(40, 3)).float()
-    kept = F64 if kind in ("large", "small", "denormal") else F32
+    kept = F64 if kind in ("large", "huge", "huge and far", "small", "denormal") else F32
     check(x, hostile=4, kept=kept)
     check(x.T.reshape(1, 3, 40).contiguous(), hostile=4, kept=kept, mask=counts((1, 3, 40)))
 
