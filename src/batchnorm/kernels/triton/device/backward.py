@@ -8,6 +8,7 @@ from batchnorm.kernels.triton.device.tiles import (
     activation_slope,
     affine,
     along,
+    as_stored,
     axes,
     double,
     finite,
@@ -165,8 +166,8 @@ def write_sums(dz_sum, lever_sum, c, inside, channels, sums, d_weight, d_bias):
         tl.store(sums + c, dz_sum, mask=inside)
         tl.store(sums + channels + c, lever_sum, mask=inside)
     if d_weight is not None:
-        tl.store(d_weight + c, lever_sum.to(d_weight.dtype.element_ty), mask=inside)
-        tl.store(d_bias + c, dz_sum.to(d_bias.dtype.element_ty), mask=inside)
+        tl.store(d_weight + c, as_stored(lever_sum, d_weight), mask=inside)
+        tl.store(d_bias + c, as_stored(dz_sum, d_bias), mask=inside)
 
 
 @triton.jit
