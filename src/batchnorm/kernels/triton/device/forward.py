@@ -130,12 +130,23 @@ def normalize_kernel(
 
 
 @triton.jit
+def whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE):
+    """Where a tile lies that holds all elements of its channels, and what of it there is.
+
+    Told apart from what is read there: torch.compile takes a kernel to write whatever the place
+    that it writes to was computed from.
+    """
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside = (o < outer) & (i < inner) & within(first_c, c, channels, WIDE)
+    return (o * channels + first_c + c) * inner + i, inside
+
+
+@triton.jit
 def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE):
-    """A tile that holds all elements of its channels, their moments, and where they are."""
+    """The elements of such a tile, and their moments."""
+    at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_oi = (o < outer) & (i < inner)
-    inside = inside_oi & within(first_c, c, channels, WIDE)
-    at = (o * channels + first_c + c) * inner + i
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if mask is None:
         n = tl.zeros([BC], tl.float64) + outer * inner
@@ -157,7 +168,7 @@ def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, 
         d *= along(scale)
         unit = 1.0 / scale.to(tl.float64)
         m2 = total(d * d * weights, RO, RI) * unit * unit
-    return v, at, inside, n, pivot.to(tl.float64) + shift, m2
+    return v, n, pivot.to(tl.float64) + shift, m2
 
 
 @triton.jit
@@ -196,7 +207,8 @@ def whole_kernel(
     channels, inner = c_units * UC, i_units * UI
     block = tl.program_id(0)
     first_c = block * BC
-    v, at, inside, n, mean, m2 = whole_moments(
+    at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
+    v, n, mean, m2 = whole_moments(
         x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
     )
     channel = first_c + tl.arange(0, BC)
@@ -217,7 +229,7 @@ def whole_kernel(
                 taken = tl.max(sound.to(tl.int32), axis=0)
                 other = block + 1
                 while (taken == 0) & (other < tl.num_programs(0)):
-                    _, _, _, counts, means, squares = whole_moments(
+                    _, counts, means, squares = whole_moments(
                         x, mask, other * BC, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
                     )
                     there = other * BC + tl.arange(0, BC) < channels
