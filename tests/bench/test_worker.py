@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batchnorm import BatchNorm
-from batchnorm.bench import cases, check, measure, peers, worker
+from batchnorm.bench import cases, check, contest, measure, peers
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, Suite
 from batchnorm.bench.measure import Times
 from batchnorm.bench.worker import Request, work
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     suite = Suite((case,), frozenset({case}), sizes, rounds=6, processes=2, minutes=1)
     monkeypatch.setattr(cases, "SUITES", types.MappingProxyType({**SUITES, "quick": suite}))
     # Compiling takes seconds, and is left to one test.
-    monkeypatch.setattr(torch, "compile", lambda expression: expression)
+    monkeypatch.setattr(torch, "compile", lambda expression, **_: expression)
     return suite
 
 
@@ -140,7 +140,7 @@ def test_without_a_compiler_the_rest_is_measured_and_a_note_says_so(tiny, monkey
     def fail(*_):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
-    monkeypatch.setattr(torch, "compile", lambda expression: fail)
+    monkeypatch.setattr(torch, "compile", lambda expression, **_: fail)
     events = list(work(REQUEST))
     assert {row["peer"] for row in rows_of(events)} == {"torch eager"}
     notes = [event["text"] for event in events if event["event"] == "note"]
@@ -198,6 +198,6 @@ def test_torch_compile_is_compiled_and_right():
     case = Case((2, 64, 32, 32))
     problem = peers.Problem.of(case, "cpu", 0)
     contender = peers.compiled(case, "bn+add+relu", "cpu")
-    assert worker._prepared([contender], problem, "forward+backward") == []
+    assert contest.prepare([contender], problem, "forward+backward") == []
     seen = check.observe(contender, problem, "forward+backward")
     assert check.judge(seen, problem, "forward+backward", "bn+add+relu").right
