@@ -78,7 +78,11 @@ def test_the_filter_chooses_by_title_without_case():
 @pytest.mark.parametrize(
     ("suite", "text", "message"),
     [
-        ("nope", "", "There is no suite called 'nope'. Expected one of: quick, full, gpu, rehearsal."),
+        (
+            "nope",
+            "",
+            "There is no suite called 'nope'. Expected one of: quick, full, gpu, rehearsal.",
+        ),
         ("quick", "7x7x7x7", "has '7x7x7x7' in its name. Expected part of one of: 64x10 float32"),
         (
             "quick",

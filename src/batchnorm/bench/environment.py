@@ -76,7 +76,7 @@ def nvidia_smi() -> dict[str, str]:
     The first by its own count, which need not be torch's: the name tells them apart.
     """
     try:
-        line = subprocess.run(
+        line = subprocess.run(  # noqa: S603 - constant arguments
             ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"],  # noqa: S607
             capture_output=True,
             text=True,
