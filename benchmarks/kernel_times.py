@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from batchnorm.bench.cases import FUSIONS
-from batchnorm.kernels import native
+from batchnorm.kernels import calls, native
 
 LOOPS, LOOP_S = 40, 0.02
 
@@ -49,7 +49,7 @@ def operators(
     x, dy, other = data(), data(), data()
     weight, bias = torch.ones(shape[1]), torch.zeros(shape[1])
     mean, var, counter = torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)
-    activation = native.ACTIVATIONS[None if fusion == "bn" else "relu"]
+    activation = calls.ACTIVATIONS[None if fusion == "bn" else "relu"]
     residual = other if "add" in fusion else None
 
     def forward(flags: int) -> tuple[torch.Tensor, torch.Tensor, float, int]:
@@ -57,12 +57,12 @@ def operators(
         flags |= activation
         return native.forward(x, weight, bias, residual, None, *buffers, EPS, 1, flags)
 
-    training = native.TRAINING | native.KEEP
+    training = calls.TRAINING | calls.KEEP
     y, statistics, count, served = forward(training)
-    if served == native.NOT_SERVED:
+    if served == calls.NOT_SERVED:
         raise SystemExit(f"expected tensors that the C++ kernels serve, got {dtype} {shape}.")
-    wanted = native.TRAINING | native.WANT_X | native.WANT_PARAMETERS | activation
-    wanted |= native.WANT_RESIDUAL if residual is not None else 0
+    wanted = calls.TRAINING | calls.WANT_X | calls.WANT_PARAMETERS | activation
+    wanted |= calls.WANT_RESIDUAL if residual is not None else 0
     saved = (
         y if residual is not None else None
     )  # the sign of z; without a residual it is recomputed

@@ -1,4 +1,4 @@
-"""Whole calls by the C++ kernels: eager, on the CPU, running update included.
+"""Whole calls by the C++ or Triton kernels: eager, running update included.
 
 What they cannot do they leave to others, and have then changed nothing.
 """
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.ghost import Groups
-from batchnorm.kernels import native, reference
+from batchnorm.kernels import calls, native, reference, select
 from batchnorm.moments import Axes, Moments, Pool, expand_mask
 from batchnorm.running import Running, sound
 from batchnorm.validation import Activation, Settings, check_kinds
+
+Count = float | Tensor
+"""The total weight behind statistics: where to read it would stall the device, a tensor."""
 
 
 def step(
@@ -32,12 +35,13 @@ def step(
     sink: Callable[[Moments], None] | None = None,
     apart: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`functional.step` by the C++ kernels, which check their own arguments; None: not served.
+    """`functional.step` by kernels, which check their own arguments; None: not served.
 
     With a group size, each group of so many samples is normalised by its own statistics; with
     `apart`, the sink gets those.
     """
-    if not native.serves(x, weight, bias, residual):
+    kernels = select.whole(x, weight, bias, residual)
+    if kernels is None:
         return None
     if training and torch._C._current_graph_task_id() != -1:
         # As `select.recomputing`, 0.2 µs sooner.
@@ -49,7 +53,7 @@ def step(
     if (
         share is None
         or flags is None
-        or not (native.serves_buffer(mean) and native.serves_buffer(var))
+        or not (calls.serves_buffer(mean) and calls.serves_buffer(var))
         or not (type(eps) is float or type(eps) is int)
         or type(channel_dim) is not int
         or not -x.dim() <= channel_dim < x.dim()
@@ -63,13 +67,13 @@ def step(
         mask = _weights(mask, x, channel_dim)
     updates = training and mean is not None
     # An activation or a hook may raise, and then nothing must have changed.
-    later = updates and (after is not None or native.hooked())
+    later = updates and (after is not None or calls.hooked())
     if training:
-        flags |= native.TRAINING | native.KEEP | (native.LATER if later else 0)
+        flags |= calls.TRAINING | calls.KEEP | (calls.LATER if later else 0)
         flags |= group_size and _grouped(x, group_size)
     options = mask, mean, var, counter, share, float(eps), channel_dim, flags
     kept: list[Any] = []
-    served = _differentiable(x, weight, bias, residual, options, kept)
+    served = _differentiable(kernels, x, weight, bias, residual, options, kept)
     if served is None:
         return None
     y, refused = served
@@ -81,7 +85,7 @@ def step(
     if not updates or mean is None or var is None:
         return y, None
     if later:
-        refused = native.update(*_of_batch(kept, len(mean)), mean, var, counter, share)
+        refused = kernels.update(*_of_batch(kept, len(mean)), mean, var, counter, share)
     # The kernels change memory behind autograd's back.
     torch.autograd.graph.increment_version((mean, var) if counter is None else (mean, var, counter))
     if not refused:
@@ -132,13 +136,16 @@ def moments(
 ) -> tuple[Tensor, Tensor, Moments] | None:
     """Mean and biased variance of each group, and moments of the batch; None: not served.
 
-    Of what `native.serves`. In one group, they have the shape (C,).
+    Of what `select.whole` has kernels for. In one group, they have the shape (C,).
     """
+    kernels = select.whole(x, None, None, None)
+    if kernels is None:
+        return None
     mask = None if mask is None else _weights(mask, x, channel_dim)
     flags = _grouped(x, group_size)
     with torch.no_grad():  # or torch would tie the statistics to the graph of x
-        statistics, count, served = native.moments(x, mask, channel_dim, flags)
-    if served == native.NOT_SERVED:
+        statistics, count, served = kernels.moments(x, mask, channel_dim, flags)
+    if served == calls.NOT_SERVED:
         return None
     channels = x.shape[channel_dim]
     mean, var = statistics[:, -channels:]
@@ -155,7 +162,7 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    statistics: tuple[Tensor, Tensor, float],
+    statistics: tuple[Tensor, Tensor, Count],
     settings: Settings,
     group_size: int,
     pool: Pool | None,
@@ -171,10 +178,13 @@ def normalize(
         return None
     weight, bias = (None if v is None else v.flatten() for v in (weight, bias))
     mask = None if mask is None else _weights(mask, x, channel_dim)
+    kernels = select.whole(x, weight, bias, residual)
+    if kernels is None:
+        return None
     mean, var, count = statistics
     flags |= _grouped(x, group_size)
     options = mask, mean.flatten(), var.flatten(), None, 0.0, float(eps), channel_dim, flags
-    served = _differentiable(x, weight, bias, residual, options, [], (count, pool))
+    served = _differentiable(kernels, x, weight, bias, residual, options, [], (count, pool))
     if served is None:
         return None
     return served[0] if after is None else after(served[0])
@@ -183,13 +193,13 @@ def normalize(
 def _weights(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The mask as the operators read it."""
     mask = expand_mask(mask, x, channel_dim)
-    return mask if mask.dtype in native.MASKS else mask.double()  # mutant: only slower without
+    return mask if mask.dtype in calls.MASKS else mask.double()  # mutant: only slower without
 
 
 def _grouped(x: Tensor, size: int) -> int:
     """The flags that say how many samples make a group."""
     # More than there are would not fit into the number.
-    return int(min(size, x.numel())) << native.GROUP_BIT
+    return int(min(size, x.numel())) << calls.GROUP_BIT
 
 
 def _fit(running: Running, channels: int) -> bool:
@@ -198,7 +208,7 @@ def _fit(running: Running, channels: int) -> bool:
     return (
         all(
             vector is not None
-            and native.serves_buffer(vector)
+            and calls.serves_buffer(vector)
             and vector.is_cpu
             and vector.shape == (channels,)
             and vector.dtype in (torch.float32, torch.float64)
@@ -212,7 +222,7 @@ def _fit(running: Running, channels: int) -> bool:
     )
 
 
-def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, float]:
+def _of_batch(kept: list[Any], channels: int) -> tuple[Tensor, Tensor, Count]:
     """Mean, biased variance and count of the whole batch, which stand behind those of groups."""
     statistics, count = kept
     mean, var = statistics[:, -channels:]
@@ -227,34 +237,36 @@ def _of_groups(kept: list[Any], channels: int, size: int) -> tuple[Tensor, Tenso
     return mean, var, float(size)
 
 
-def _moments_of(mean: Tensor, var: Tensor, count: float) -> Moments:
-    return Moments(mean.new_tensor(count), mean, var * count)
+def _moments_of(mean: Tensor, var: Tensor, count: Count) -> Moments:
+    known = count if isinstance(count, Tensor) else mean.new_tensor(count)
+    return Moments(known, mean, var * count)
 
 
 def share_of(momentum: float | Tensor | None, counter: Tensor | None) -> float | None:
     """The weight of the batch as the operators know it, or None."""
     if type(momentum) is float or type(momentum) is int:
         return float(momentum) if 0 <= momentum <= 1 else math.nan  # which they refuse
-    return native.PLAIN_AVERAGE if momentum is None and counter is not None else None
+    return calls.PLAIN_AVERAGE if momentum is None and counter is not None else None
 
 
 def _fused(activation: Activation) -> tuple[int | None, Callable[[Tensor], Tensor] | None]:
     """The operators' number for an activation, or None if it is none; and what is left to do."""
     if isinstance(activation, str):
-        return native.ACTIVATIONS.get(activation), None
+        return calls.ACTIVATIONS.get(activation), None
     return (0, activation) if callable(activation) else (None, None)
 
 
 def _differentiable(
+    kernels: Any,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     options: tuple[Any, ...],
     kept: list[Any],
-    moments: tuple[float, Pool | None] | None = None,
+    moments: tuple[Count, Pool | None] | None = None,
 ) -> tuple[Tensor, int] | None:
-    """`NativeFunction`, or its kernels alone where nobody asks for gradients; None: not served.
+    """`NativeFunction`, or the kernels alone where nobody asks for gradients; None: not served.
 
     `kept` gets the statistics (in evaluation, only where gradients are recorded) and their count.
     `moments` says that those given are moments: a count, and the others with a share in them.
@@ -266,35 +278,36 @@ def _differentiable(
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            if not native.saves(x, weight, bias, options[0]):
+            if not calls.saves(x, weight, bias, options[0]):
                 return None
-            y, refused = _apply(x, weight, bias, residual, (*options, kept, moments))
+            y, refused = _apply(x, weight, bias, residual, (*options, kept, moments, kernels))
             return y, refused
-        y, statistics, count, refused = native.forward(x, weight, bias, residual, *options)
+        y, statistics, count, refused = kernels.forward(x, weight, bias, residual, *options)
     except (NotServedError, NotImplementedError):
         # The second: one of the tensors is on a device, or of a kind, that has no such kernels.
         return None
     kept += (statistics, count)
-    return None if refused == native.NOT_SERVED else (y, refused)
+    return None if refused == calls.NOT_SERVED else (y, refused)
 
 
 class NotServedError(Exception):
-    """The C++ kernels leave this call to others, and have changed nothing."""
+    """The kernels leave this call to others, and have changed nothing."""
 
 
 #: What the backward pass is told of the flags; and which of them make it read β: for the sign of z,
 #: or for its size, where groups may have their own.
-_KEPT = native.ACTIVATION | native.TRAINING | -1 << native.GROUP_BIT
-_WITH_BIAS = native.ACTIVATION | -1 << native.GROUP_BIT
+_KEPT = calls.ACTIVATION | calls.TRAINING | -1 << calls.GROUP_BIT
+_WITH_BIAS = calls.ACTIVATION | -1 << calls.GROUP_BIT
 
 
 class NativeFunction(torch.autograd.Function):
-    """The C++ kernels, running update included: eager calls on the CPU only.
+    """The kernels, running update included: eager calls only.
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
     (with a channel axis of size 1), running mean and variance, counter, momentum, eps, channel
-    axis, and flags; then a list that gets the statistics and their count. With what `normalize`
-    adds, a count and the others that have a share in the statistics, mean and variance are moments.
+    axis, and flags; then a list that gets the statistics and their count, and the kernels. With what
+    `normalize` adds, a count and the others with a share in the statistics, mean and variance are
+    moments.
     """
 
     @staticmethod
@@ -306,19 +319,20 @@ class NativeFunction(torch.autograd.Function):
         residual: Tensor | None,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, int]:
-        mask, mean, var, counter, momentum, eps, channel_dim, flags, kept, moments = options
-        y, statistics, count, refused = native.forward(
+        *call, kept, moments, kernels = options
+        mask, mean, var, counter, momentum, eps, channel_dim, flags = call
+        y, statistics, count, refused = kernels.forward(
             *(x, weight, bias, residual, mask, mean, var, counter, momentum, eps, channel_dim),
-            flags | native.KEEP,
+            flags | calls.KEEP,
         )
-        if refused == native.NOT_SERVED:
+        if refused == calls.NOT_SERVED:
             raise NotServedError
         kept += (statistics, count)
         ctx.set_materialize_grads(False)
-        ctx.backend = "native"
+        ctx.kernels, ctx.backend = kernels, kernels.NAME
         pool = None
         if moments is not None:
-            flags |= native.TRAINING
+            flags |= calls.TRAINING
             count, pool = moments
         ctx.flags = flags & _KEPT
         ctx.options = count, eps, channel_dim, pool
@@ -328,7 +342,7 @@ class NativeFunction(torch.autograd.Function):
             x,
             weight,
             bias if flags & _WITH_BIAS else None,
-            y if residual is not None and flags & native.ACTIVATION else None,
+            y if residual is not None and flags & calls.ACTIVATION else None,
             mask,
             statistics,
         )
@@ -339,26 +353,27 @@ class NativeFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         needs = ctx.needs_input_grad
-        served = native.NOT_SERVED
+        served = calls.NOT_SERVED
         # Unless someone will differentiate these gradients, or a torch.func transform is running.
-        if not torch.is_grad_enabled() and native.serves_gradient(dy):
+        if not torch.is_grad_enabled() and calls.serves_gradient(dy):
             x, weight, bias, y, mask, statistics = ctx.saved_tensors
             flags = ctx.flags
             if needs[0]:
-                flags |= native.WANT_X
+                flags |= calls.WANT_X
             if needs[1] or needs[2]:
-                flags |= native.WANT_PARAMETERS
+                flags |= calls.WANT_PARAMETERS
             if needs[3]:
-                flags |= native.WANT_RESIDUAL
+                flags |= calls.WANT_RESIDUAL
             count, eps, channel_dim, pool = ctx.options
             try:
                 dx, dz, d_weight, d_bias, served = (
-                    native.backward(
+                    ctx.kernels.backward(
                         *(dy, x, y, statistics, weight, bias, mask, None),
                         *(count, eps, channel_dim, flags),
                     )
                     if pool is None or not needs[0]
                     else _shared_backward(
+                        ctx.kernels,
                         (dy, x, y, statistics, weight, bias, mask),
                         (count, eps, channel_dim),
                         flags,
@@ -367,8 +382,8 @@ class NativeFunction(torch.autograd.Function):
                 )
             except NotImplementedError:
                 # A hook has brought back tensors of another kind than were saved.
-                served = native.NOT_SERVED
-        if served == native.NOT_SERVED:
+                served = calls.NOT_SERVED
+        if served == calls.NOT_SERVED:
             out = _differentiable_gradients(ctx, dy)
             return (*(g if needed else None for g, needed in zip(out, needs, strict=False)), None)
         if needs[3] and dz is None:
@@ -377,15 +392,19 @@ class NativeFunction(torch.autograd.Function):
 
 
 def _shared_backward(
-    tensors: tuple[Any, ...], options: tuple[float, float, int], flags: int, pool: Pool
+    kernels: Any,
+    tensors: tuple[Any, ...],
+    options: tuple[Count, float, int],
+    flags: int,
+    pool: Pool,
 ) -> tuple[Any, ...]:
     """The operator's gradients where others have a share in the moments: by the sums of all."""
-    sums, served = native.backward_reduce(*tensors, *options[1:], flags)
-    if served == native.NOT_SERVED:
+    sums, served = kernels.backward_reduce(*tensors, *options[1:], flags)
+    if served == calls.NOT_SERVED:
         return None, None, None, None, served
     pooled = pool.sum(sums)
-    flags &= ~native.WANT_PARAMETERS
-    dx, dz, _, _, served = native.backward(*tensors, pooled, *options, flags)
+    flags &= ~calls.WANT_PARAMETERS
+    dx, dz, _, _, served = kernels.backward(*tensors, pooled, *options, flags)
     # Those of γ and β are of the elements here.
     d_bias, d_weight = sums.unbind()
     for parameter in tensors[4:6]:  # of one dtype
@@ -403,13 +422,13 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     """NativeFunction's gradients as functions of its inputs, by the reference."""
     x, weight, bias, y, mask, statistics = ctx.saved_tensors
     count, eps, channel_dim, pool = ctx.options
-    activation = native.ACTIVATION_NAMES[ctx.flags & native.ACTIVATION]
+    activation = calls.ACTIVATION_NAMES[ctx.flags & calls.ACTIVATION]
     dtypes = x.dtype, x.dtype if weight is None else weight.dtype, ctx.bias_dtype, dy.dtype
     sizes = [x.shape[channel_dim] if v is None else len(v) for v in (weight, bias)]
     groups = None
     axes: Axes = channel_dim
     mask = None if mask is None else mask.squeeze(channel_dim)
-    if size := ctx.flags >> native.GROUP_BIT:
+    if size := ctx.flags >> calls.GROUP_BIT:
         groups = Groups.of(x, size, channel_dim)
         axes, mask = groups.axes, groups.cut_mask(mask, x)
         x, dy = groups.cut(x), groups.cut(dy)
@@ -419,8 +438,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         )
     if pool is not None and not torch.is_grad_enabled():
         # The others will not merge once more.
-        (mean, var), total = statistics, statistics.new_tensor(count)
-    elif ctx.flags & native.TRAINING:
+        (mean, var), total = statistics, torch.as_tensor(count).to(statistics)
+    elif ctx.flags & calls.TRAINING:
         moments = Moments.of(x, mask, channel_dim=axes)
         if pool is not None:
             moments, _ = pool.merge(moments)

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm import autograd_native, pooled
 from batchnorm.autograd import function
 from batchnorm.errors import NonFiniteWarning
-from batchnorm.kernels import native, select
+from batchnorm.kernels import select
 from batchnorm.moments import Moments
 from batchnorm.pooled import Population
 from batchnorm.renorm import Renorm, check_renorm
@@ -184,7 +184,7 @@ def batch_norm_pure(
     running, settings = (running_mean, running_var, None), (momentum, eps, channel_dim, activation)
     population = population_of(virtual_batch_size, renorm, process_group, running)
     # Not by `step`, which leaves out what is computed again: this changes nothing that counts.
-    if native.serves(x, weight, bias, residual) and not select.recomputing():
+    if select.whole(x, weight, bias, residual) and not select.recomputing():
         if training and running_mean is not None and running_var is not None:
             running = running_mean.detach().clone(), running_var.detach().clone(), None
         y, _ = step(x, weight, bias, residual, mask, running, training, settings, population)

@@ -18,7 +18,7 @@ from torch import Tensor
 from batchnorm import autograd_moments, autograd_native
 from batchnorm.autograd import function
 from batchnorm.ghost import Groups
-from batchnorm.kernels import native, select
+from batchnorm.kernels import select
 from batchnorm.moments import Axes, Moments, Pool
 from batchnorm.recall import Recall
 from batchnorm.renorm import Renorm
@@ -107,8 +107,8 @@ def normalize(
             check_weights(mask)
         sync.agree(x, settings, virtual_batch_size=size or 0, renorm=renorm is not None)
         header = header_of(x)
-    if native.serves(x, weight, bias, residual) and (size is None or sync is None):
-        served = _by_native(x, weight, bias, residual, mask, settings, population, header)
+    if select.whole(x, weight, bias, residual) and (size is None or sync is None):
+        served = _by_kernels(x, weight, bias, residual, mask, settings, population, header)
         if served is not None:
             return served
     y, total = _by_reference(x, weight, bias, residual, mask, settings, population, header)
@@ -202,7 +202,7 @@ def _by_reference(
     return y, None if empty else total
 
 
-def _by_native(
+def _by_kernels(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -212,7 +212,7 @@ def _by_native(
     population: Population,
     header: tuple[int, ...],
 ) -> tuple[Tensor, Moments | None] | None:
-    """The same by the C++ kernels; None: not served."""
+    """The same by the C++ or Triton kernels; None: not served."""
     _, eps, channel_dim, activation = settings
     size, sync = population.virtual_batch_size, population.sync
     found = autograd_native.moments(x, mask, channel_dim, size or 0)
@@ -224,8 +224,9 @@ def _by_native(
         _empty(total)
         mean, var = total.mean, total.normalizing_variance()
     weight, bias = _affine(mean, var, weight, bias, eps, population)
+    count = total.count.item() if select.concrete(total.count) else total.count
     y = autograd_native.normalize(
-        *(x, weight, bias, residual, mask, (mean, var, total.count.item())),
+        *(x, weight, bias, residual, mask, (mean, var, count)),
         *(settings, size or 0, sync),
     )
     if y is None and sync is None:

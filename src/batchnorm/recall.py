@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
-from batchnorm.kernels import native
+from batchnorm.kernels import calls
 
 #: Forward passes of a layer that may come before the backward pass of the first: micro-batches of a
 #: step, calls of a shared layer. Each keeps 4C numbers.
@@ -43,7 +43,7 @@ class Recall(Generic[_Fact]):
 
     def keep(self, mean: Tensor, var: Tensor, fact: _Fact) -> None:
         """Of a pass that may be done again: see `select.recomputed_later`."""
-        self.passes.append(_Pass(mean, var, native.hooked(), fact))
+        self.passes.append(_Pass(mean, var, calls.hooked(), fact))
 
     def find(self, mean: Tensor, var: Tensor) -> list[_Fact]:
         """Of the passes that this may be again, the likeliest first; nothing if there is none.
@@ -53,7 +53,7 @@ class Recall(Generic[_Fact]):
         """
         # One kind of checkpointing watches what is saved, both times; the other saves nothing at
         # first.
-        hooked = native.hooked()
+        hooked = calls.hooked()
         alike = [
             entry
             for entry in reversed(self.passes)

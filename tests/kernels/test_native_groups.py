@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import oracle
-from batchnorm.kernels import native
+from batchnorm.kernels import calls, native
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 
@@ -29,13 +29,13 @@ def _best_afterwards():
 
 
 def flags(size, *more):
-    return sum(more) + (size << native.GROUP_BIT)
+    return sum(more) + (size << calls.GROUP_BIT)
 
 
 def whole(x, size, channel, mask=None, weight=None, bias=None, residual=None, activation=0):
     return native.forward(
         *(x, weight, bias, residual, mask, None, None, None, 0.1, EPS, channel),
-        flags(size, native.TRAINING, native.KEEP, activation),
+        flags(size, calls.TRAINING, calls.KEEP, activation),
     )
 
 
@@ -93,7 +93,7 @@ def test_each_group_by_its_own_parameters(shape, channel, size, threads, own, ac
     x, dy, residual = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     channels, number = x.shape[channel], -(-shape[0] // size)
     weight, bias = torch.randn(2, number * channels if own else channels).double()
-    act = native.ACTIVATIONS[activation]
+    act = calls.ACTIVATIONS[activation]
     y, statistics, count, refused = whole(x, size, channel, None, weight, bias, residual, act)
     assert refused == 0
     per_group = statistics[:, : number * channels]
@@ -103,7 +103,7 @@ def test_each_group_by_its_own_parameters(shape, channel, size, threads, own, ac
     )
     assert served == 0
     assert torch.equal(given, y)
-    want = native.WANT_X | native.WANT_PARAMETERS | native.WANT_RESIDUAL | native.TRAINING | act
+    want = calls.WANT_X | calls.WANT_PARAMETERS | calls.WANT_RESIDUAL | calls.TRAINING | act
     tensors = dy, x, y, statistics, weight, bias, None
     dx, dz, d_weight, d_bias, served = native.backward(
         *tensors, None, count, EPS, channel, flags(size, want)
@@ -141,7 +141,7 @@ def test_each_group_by_its_own_parameters(shape, channel, size, threads, own, ac
     if not own:
         torch.testing.assert_close(torch.stack([d_bias, d_weight]), total, rtol=1e-13, atol=1e-13)
     # Given its own sums it gives the same again; given others, it is linear in them.
-    base = *tensors, sums, count, EPS, channel, flags(size, want & ~native.WANT_PARAMETERS)
+    base = *tensors, sums, count, EPS, channel, flags(size, want & ~calls.WANT_PARAMETERS)
     again = native.backward(*base)
     torch.testing.assert_close(again[0], dx, rtol=1e-13, atol=1e-13)
     none = native.backward(*tensors, torch.zeros_like(sums), *base[8:])[0]
@@ -159,7 +159,7 @@ def test_half_a_parameter_of_each():
         y, statistics, count, _ = whole(x, 2, 1, None, *parameters)
         _, _, d_weight, d_bias, served = native.backward(
             *(dy, x, None, statistics, *parameters, None, None, count, EPS, 1),
-            flags(2, native.TRAINING, native.WANT_PARAMETERS),
+            flags(2, calls.TRAINING, calls.WANT_PARAMETERS),
         )
         assert served == 0
         assert [len(d_weight), len(d_bias)] == [len(p) for p in parameters]
@@ -168,7 +168,7 @@ def test_half_a_parameter_of_each():
         assert torch.equal(y, want)
         d_full = native.backward(
             *(dy, x, None, statistics, *full, None, None, count, EPS, 1),
-            flags(2, native.TRAINING, native.WANT_PARAMETERS),
+            flags(2, calls.TRAINING, calls.WANT_PARAMETERS),
         )[2:4]
         for got, each in zip((d_weight, d_bias), d_full, strict=True):
             want = each if len(got) == 9 else each.view(3, 3).sum(0)
@@ -188,7 +188,7 @@ def test_what_is_not_served_is_left_untouched():
     mean, var, counter = torch.zeros(3), torch.ones(3), torch.tensor(0)
 
     def call(x, size, mask=None, channel=1, weight=None):
-        training = flags(size, native.TRAINING)
+        training = flags(size, calls.TRAINING)
         arguments = weight, None, None, mask, mean, var, counter, 0.1, EPS, channel
         return native.forward(x, *arguments, training)[-1]
 
@@ -206,9 +206,9 @@ def test_what_is_not_served_is_left_untouched():
         call(torch.randn(6, 3, 4), 2, weight=torch.ones(6)),
         call(torch.randn(6, 3, 4), 2, weight=torch.ones(12)),
     ]
-    assert refused == [native.NOT_SERVED] * len(refused)
-    assert native.moments(torch.randn(5, 3), None, 1, flags(2))[-1] == native.NOT_SERVED
-    assert native.moments(torch.randn(6, 3, 4), few, 1, flags(2))[-1] == native.NOT_SERVED
+    assert refused == [calls.NOT_SERVED] * len(refused)
+    assert native.moments(torch.randn(5, 3), None, 1, flags(2))[-1] == calls.NOT_SERVED
+    assert native.moments(torch.randn(6, 3, 4), few, 1, flags(2))[-1] == calls.NOT_SERVED
     assert torch.equal(mean, torch.zeros(3))
     assert torch.equal(var, torch.ones(3))
     assert counter == 0
@@ -223,7 +223,7 @@ def test_gradients_that_are_not_served():
     def gradient(sums=None, weight=None, statistics=statistics):
         return native.backward(
             *(dy, x, None, statistics, weight, None, None, sums, count, EPS, 1),
-            flags(2, native.TRAINING, native.WANT_X),
+            flags(2, calls.TRAINING, calls.WANT_X),
         )[-1]
 
     rows = torch.zeros(2, 12, dtype=torch.float64)
@@ -234,5 +234,5 @@ def test_gradients_that_are_not_served():
         {"statistics": statistics[:, :9].contiguous()},
         {"statistics": statistics[:, :3].contiguous()},
     ):
-        assert gradient(**changed) == native.NOT_SERVED, changed
+        assert gradient(**changed) == calls.NOT_SERVED, changed
     assert gradient() == gradient(sums=rows[:, :9].contiguous()) == 0

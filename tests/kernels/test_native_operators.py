@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from batchnorm.kernels import native
+from batchnorm.kernels import calls, native
 from batchnorm.moments import Moments
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -38,7 +38,7 @@ def test_what_is_not_served_is_left_untouched():
             "momentum": 0.1,
             "eps": 1e-5,
             "channel_dim": 1,
-            "flags": native.TRAINING,
+            "flags": calls.TRAINING,
         } | changed
         return native.forward(**arguments)[-1]
 
@@ -56,7 +56,7 @@ def test_what_is_not_served_is_left_untouched():
         {"momentum": 1.1},
         {"momentum": math.nan},
         {"momentum": -1.0, "counter": None},
-        {"flags": native.TRAINING | 3},
+        {"flags": calls.TRAINING | 3},
         {"weight": torch.ones(4)},
         {"bias": torch.ones(3, 1)},
         {"weight": torch.ones(6)[::2]},
@@ -80,7 +80,7 @@ def test_what_is_not_served_is_left_untouched():
         {"mask": torch.ones(5, 1)},
     ]
     for changed in refused:
-        assert call(**changed) == native.NOT_SERVED, changed
+        assert call(**changed) == calls.NOT_SERVED, changed
     assert torch.equal(mean, torch.zeros(3))
     assert torch.equal(var, torch.ones(3))
     assert count == 0
@@ -91,10 +91,10 @@ def test_what_is_not_served_is_left_untouched():
 def test_gradients_that_are_not_served():
     x, dy = torch.randn(2, 6, 3)
     _, statistics, count, _ = native.forward(
-        *(x, *[None] * 7, 0.1, EPS, 1), native.TRAINING | native.KEEP
+        *(x, *[None] * 7, 0.1, EPS, 1), calls.TRAINING | calls.KEEP
     )
     whole = {"y": None, "weight": None, "bias": None, "mask": None, "eps": EPS, "channel_dim": 1}
-    whole |= {"x": x, "dy": dy, "statistics": statistics, "flags": native.WANT_X}
+    whole |= {"x": x, "dy": dy, "statistics": statistics, "flags": calls.WANT_X}
 
     def gradient(**changed):
         return native.backward(**({"sums": None, "count": count} | whole | changed))[-1]
@@ -117,26 +117,26 @@ def test_gradients_that_are_not_served():
         {"flags": 3},
     ]
     for changed in refused:
-        assert gradient(**changed) == reduction(**changed) == native.NOT_SERVED, changed
+        assert gradient(**changed) == reduction(**changed) == calls.NOT_SERVED, changed
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for changed in (
         {"sums": sums.float()},
         {"sums": sums[:, :2]},
         {"sums": torch.zeros(3, 2, dtype=torch.float64).T},
         {"sums": sums[0]},
-        {"flags": native.WANT_RESIDUAL | native.ACTIVATIONS["relu"]},  # but no y to tell its side
+        {"flags": calls.WANT_RESIDUAL | calls.ACTIVATIONS["relu"]},  # but no y to tell its side
     ):
-        assert gradient(**changed) == native.NOT_SERVED, changed
+        assert gradient(**changed) == calls.NOT_SERVED, changed
     assert gradient() == gradient(sums=sums) == reduction() == 0
     for mask in (torch.zeros(6, 1), -torch.ones(6, 1), torch.ones(5, 1)):
-        assert native.moments(x, mask, 1, 0)[-1] == native.NOT_SERVED
-    assert native.moments(x[:0], None, 1, 0)[-1] == native.NOT_SERVED
+        assert native.moments(x, mask, 1, 0)[-1] == calls.NOT_SERVED
+    assert native.moments(x[:0], None, 1, 0)[-1] == calls.NOT_SERVED
     assert native.moments(x, None, 1, 0)[1:] == (6.0, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("activation", calls.ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("length", "threads", "stream"), [(21, 1, -1), (40, 2, 0), (16, 3, 0)])
 def test_halves_of_a_batch_are_the_whole(
@@ -149,18 +149,18 @@ def test_halves_of_a_batch_are_the_whole(
     weight, bias = torch.randn(2, 5, dtype=torch.float64 if dtype is DTYPES[1] else torch.float32)
     residual = residual if with_residual else None
     mask = (torch.rand(12, 1, length) > 0.3) if masked else None
-    flags = native.ACTIVATIONS[activation]
+    flags = calls.ACTIVATIONS[activation]
     eps, eps_of_terms = torch.finfo(dtype).eps, torch.finfo(weight.dtype).eps
-    every = native.TRAINING | native.WANT_X | (native.WANT_RESIDUAL if with_residual else 0)
+    every = calls.TRAINING | calls.WANT_X | (calls.WANT_RESIDUAL if with_residual else 0)
 
     y, statistics, count, _ = native.forward(
         *(x, weight, bias, residual, mask, None, None, None, 0.1, EPS, 1),
-        native.TRAINING | native.KEEP | flags,
+        calls.TRAINING | calls.KEEP | flags,
     )
     saved = y if with_residual and activation else None
     dx, dz, d_weight, d_bias, _ = native.backward(
         *(dy, x, saved, statistics, weight, bias, mask, None, count, EPS, 1),
-        every | native.WANT_PARAMETERS | flags,
+        every | calls.WANT_PARAMETERS | flags,
     )
 
     parts = [slice(0, 4), slice(4, 12)]

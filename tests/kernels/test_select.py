@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from batchnorm import backends, batch_norm
-from batchnorm.kernels import native, select
+from batchnorm.kernels import native, select, triton
 
 
 def backend(x, training=True, **options):
@@ -85,7 +85,12 @@ def test_report_reads_as_a_sentence():
 
 def test_report_names_what_serves():
     names = {b.name: b.available for b in backends()}
-    assert names == {"native": native.MISSING is None, "aten": True, "reference": True}
+    assert names == {
+        "native": native.MISSING is None,
+        "triton": triton.missing() is None,
+        "aten": True,
+        "reference": True,
+    }
     assert all(b.serves and b.reason for b in backends())
 
 

@@ -1,7 +1,7 @@
 """Which kernels serve this call, and why. The only place that knows all of them.
 
-`native` serves whole calls, before anything here is asked; see `native.serves`. This module chooses
-among the others.
+`native` and `triton` serve whole calls, forward and backward, running update included: `whole`
+finds them. What they leave comes here in parts, and this module chooses among the others.
 
 The names of backends travel from a forward pass to its backward pass, so that both compute from
 statistics of the same kind.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import aten, blocked, native, reference
+from batchnorm.kernels import aten, blocked, calls, native, reference, triton
 from batchnorm.kernels.reference import Gradients
 from batchnorm.moments import Axes, Moments, Pool, accumulation_dtype, expand_mask
 
@@ -49,12 +50,12 @@ def backends() -> tuple[Backend, ...]:
     Example:
         >>> import batchnorm
         >>> [backend.name for backend in batchnorm.backends()]
-        ['native', 'aten', 'reference']
+        ['native', 'triton', 'aten', 'reference']
         >>> print(batchnorm.backends()[-1])
         reference: serves everything else: any device, dtype, layout and mask, ...
     """
     disabled = os.environ.get("BATCHNORM_DISABLE", "").split(",")
-    unknown = ", ".join(repr(name) for name in disabled if name not in ("", "native"))
+    unknown = ", ".join(repr(name) for name in disabled if name not in ("", "native", "triton"))
     return (
         Backend(
             "native",
@@ -67,7 +68,21 @@ def backends() -> tuple[Backend, ...]:
                 "what is compiled, exported or transformed must be operations that torch sees "
                 "through"
             )
-            + (f"; BATCHNORM_DISABLE names {unknown}, expected native" if unknown else ""),
+            + (
+                f"; BATCHNORM_DISABLE names {unknown}, expected native or triton" if unknown else ""
+            ),
+        ),
+        Backend(
+            "triton",
+            triton.missing() is None,
+            "eager calls on CUDA GPUs: float32, float16 and bfloat16, any layout, channel axis and "
+            "mask, activation and residual fused; not groups (virtual_batch_size)",
+            triton.missing()
+            or (
+                "interpreted on the CPU, for tests (TRITON_INTERPRET=1)"
+                if triton.INTERPRETED
+                else "one or two passes over memory"
+            ),
         ),
         Backend(
             "aten",
@@ -87,6 +102,13 @@ def backends() -> tuple[Backend, ...]:
             "everywhere, fused nowhere",
         ),
     )
+
+
+def whole(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Any:
+    """The kernels that may serve this call as a whole (they ask the rest themselves), or None."""
+    if native.serves(x, weight, bias, residual):
+        return native
+    return triton if triton.serves(x, weight, bias, residual) else None
 
 
 def eager(tensor: Tensor) -> bool:
@@ -134,7 +156,7 @@ def recomputing() -> bool:
 def recomputed_later() -> bool:
     """Whether this forward pass may be one that activation checkpointing will do again."""
     # It runs the first one without gradients, or keeps its own place for what autograd saves.
-    return not torch.compiler.is_compiling() and (not torch.is_grad_enabled() or native.hooked())
+    return not torch.compiler.is_compiling() and (not torch.is_grad_enabled() or calls.hooked())
 
 
 def blocks(x: Tensor) -> bool:

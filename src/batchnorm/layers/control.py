@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError, InputError
-from batchnorm.kernels import native, select
+from batchnorm.kernels import calls, select
 from batchnorm.layers.statistics import StatisticsBank, WideStatistics
 from batchnorm.moments import Moments
 from batchnorm.pooled import Corrections, Population, shared
@@ -132,7 +132,7 @@ class Controlled(WideStatistics):
     def _depends_on_bank(self) -> bool:
         """Whether the output does, in a pass that is perhaps checkpointed."""
         # Evaluation without gradients is not: it is not to cost more.
-        return (self.training or native.hooked()) and (
+        return (self.training or calls.hooked()) and (
             self._frozen
             or not self.training
             or self.renorm is not None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.autograd_native import NotServedError
-from batchnorm.kernels import native
+from batchnorm.kernels import calls
 from batchnorm.layers.steps import ByFunction, Steps
 
 Step = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -95,7 +95,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dc: Tensor) -> tuple[Any, ...]:
         # As NativeFunction's: someone may differentiate these gradients.
-        if not torch.is_grad_enabled() and all(map(native.serves_gradient, (dh, dc))):
+        if not torch.is_grad_enabled() and all(map(calls.serves_gradient, (dh, dc))):
             try:
                 found = _gradients(ctx, dh, dc)
             except NotServedError:

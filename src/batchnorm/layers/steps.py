@@ -11,7 +11,7 @@ from torch.nn.modules import module
 
 from batchnorm import autograd_native, functional
 from batchnorm.errors import BatchNormError
-from batchnorm.kernels import native, select
+from batchnorm.kernels import calls, native, select
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.moments import Moments, accumulation_dtype
 from batchnorm.running import Running, sound
@@ -153,10 +153,10 @@ class ByFunction(Steps):
         """Whether `forward` and `backward` may be used for what is like these."""
         return (
             native.serves(x, self.weight, self.bias, residual)
-            and native.saves(x, self.weight, self.bias, residual)
+            and calls.saves(x, self.weight, self.bias, residual)
             and x.dtype == residual.dtype == self.weight.dtype
             and self.share is not None
-            and all(native.serves_buffer(b) for running in self.running for b in running[:2])
+            and all(calls.serves_buffer(b) for running in self.running for b in running[:2])
         )
 
     def forward(
@@ -175,13 +175,13 @@ class ByFunction(Steps):
         """
         by_batch = step < self.by_batch
         mean, var, counter = self.running[step]
-        flags = native.KEEP | (native.TRAINING if by_batch else 0)
+        flags = calls.KEEP | (calls.TRAINING if by_batch else 0)
         y, statistics, count, refused = native.forward(
             *(x, self.weight, self.bias, residual, None, mean, var, counter),
             *(self.share, self.settings[1], 1),
-            flags | (native.LATER if later and by_batch else 0),
+            flags | (calls.LATER if later and by_batch else 0),
         )
-        if refused == native.NOT_SERVED:
+        if refused == calls.NOT_SERVED:
             raise autograd_native.NotServedError
         of_step = statistics, count, by_batch
         if not later:
@@ -226,12 +226,12 @@ class ByFunction(Steps):
         Raises:
             NotServedError: as `forward`.
         """
-        flags = native.WANT_X | native.WANT_PARAMETERS | (native.TRAINING if by_batch else 0)
+        flags = calls.WANT_X | calls.WANT_PARAMETERS | (calls.TRAINING if by_batch else 0)
         dx, _, d_weight, d_bias, served = native.backward(
             *(dy, x, None, statistics, weight, None, None, None),
             *(count, self.settings[1], 1, flags),
         )
-        if served == native.NOT_SERVED:
+        if served == calls.NOT_SERVED:
             raise autograd_native.NotServedError
         return dx, d_weight, d_bias
 
@@ -299,6 +299,6 @@ def _needs_its_call(norm: BatchNorm) -> bool:
         or norm.activation is not None
         # Checkpointing does passes again, and a transform must be told of buffers.
         or select.recomputing()
-        or (not torch.compiler.is_compiling() and native.hooked())
+        or (not torch.compiler.is_compiling() and calls.hooked())
         or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
     )

@@ -1,0 +1,332 @@
+"""The backward direction: sums of a channel, then the gradient of each element; or both at once."""
+
+import triton
+import triton.language as tl
+
+from batchnorm.kernels.triton.device.forward import channel_numbers
+from batchnorm.kernels.triton.device.tiles import (
+    activation_slope,
+    affine,
+    along,
+    axes,
+    double,
+    finite,
+    inverse_std,
+    or_one,
+    parameter,
+    start,
+    total,
+    weights_at,
+    within,
+    within_threads,
+)
+
+
+@triton.jit
+def read_channels(statistics, channels, weight, bias, c, inside, eps):
+    """A channel's numbers, and 1/√(var + eps)."""
+    mean = tl.load(statistics + c, mask=inside, other=0.0)
+    var = tl.load(statistics + channels + c, mask=inside, other=1.0)
+    numbers = channel_numbers(mean, var, weight, bias, c, inside, eps)
+    return numbers, inverse_std(var, eps)
+
+
+@triton.jit
+def terms(
+    dy,
+    x,
+    y,
+    mask,
+    at,
+    inside,
+    at_mask,
+    numbers,
+    invstd,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """dz, x̂ and the weight of each element of a tile."""
+    mean_high, mean_low, scale, shift = numbers
+    first_o, first_i, o, i, inner, inside_oi = at_mask
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        z = affine(v, mean_high, mean_low, scale, shift)
+    dz = activation_slope(d, z, ACTIVATION, SLOPE)
+    x_hat = ((v - mean_high) - mean_low) * invstd
+    # What lies outside of the tensor was read as 0, which is not its channel's mean.
+    weights = tl.where(inside_oi, 1.0, 0.0)
+    if mask is not None:
+        # What does not count may hold NaN, or get it from the loss; a finite share stays.
+        weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
+        sound = (weights > 0) | (finite(v) & finite(dz) & finite(x_hat))
+        dz = tl.where(sound, dz, 0.0)
+        x_hat = tl.where(sound, x_hat, 0.0)
+    return dz, x_hat, weights
+
+
+@triton.jit
+def gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever):
+    """dx = γ/√(var + eps) · (dz − w · (Σdz + x̂·Σdz·x̂) / count)."""
+    pull = mean_dz + x_hat * mean_lever
+    if mask is not None:
+        pull = tl.where(weights > 0, pull * weights, 0.0)
+    return scale * (dz - pull)
+
+
+@triton.jit
+def sums_kernel(
+    dy,
+    x,
+    y,
+    mask,
+    dz_out,
+    statistics,
+    weight,
+    bias,
+    partial,  # (2, splits, channels)
+    eps_high,
+    eps_low,
+    outer,
+    channels,
+    units,
+    tiles_i,
+    tiles,
+    per_split,
+    UNIT: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,
+    RI: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Each program: Σdz and Σdz·x̂ of its part of its channels; and dz, where it is wanted."""
+    inner = units * UNIT
+    index = tl.program_id(1)
+    first_c = tl.program_id(0) * BC
+    channel = first_c + tl.arange(0, BC)
+    known = channel < channels
+    numbers, invstd = read_channels(
+        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+    )
+    invstd = along(invstd.to(tl.float32))
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside_c = within(first_c, c, channels, WIDE)
+    offsets = (o * channels + c) * inner + i
+    dz_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    lever_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    begin = index * per_split
+    end = tl.minimum(begin + per_split, tiles)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        first_o, first_i = start(tile, tiles_i, BO, BI)
+        inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
+        inside = inside_oi & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        at_mask = first_o, first_i, o, i, inner, inside_oi
+        dz, x_hat, _ = terms(
+            dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
+        )
+        dz_sum += within_threads(dz, RO, RI)
+        lever_sum += within_threads(dz * x_hat, RO, RI)
+        if dz_out is not None:
+            tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
+    stride = tl.num_programs(1).to(tl.int64) * channels
+    to = partial + index.to(tl.int64) * channels + channel
+    tl.store(to, total(dz_sum).to(tl.float64), mask=known)
+    tl.store(to + stride, total(lever_sum).to(tl.float64), mask=known)
+
+
+@triton.jit
+def added(partial, c, inside, channels, splits, BS: tl.constexpr):
+    """Both sums of all parts of these channels, always in the same order."""
+    dz_sum = tl.zeros(c.shape, tl.float64)
+    lever_sum = tl.zeros(c.shape, tl.float64)
+    stride = (tl.full([], 0, tl.int64) + splits) * channels
+    for first in range(0, splits, BS):
+        s = first + tl.arange(0, BS)
+        at = partial + s.to(tl.int64)[:, None] * channels + c[None, :]
+        there = (s < splits)[:, None] & inside[None, :]
+        dz_sum += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
+        lever_sum += tl.sum(tl.load(at + stride, mask=there, other=0.0), axis=0)
+    return dz_sum, lever_sum
+
+
+@triton.jit
+def write_sums(dz_sum, lever_sum, c, inside, channels, sums, d_weight, d_bias):
+    """Keep both sums, or what they are: the gradients of β and γ."""
+    if sums is not None:
+        tl.store(sums + c, dz_sum, mask=inside)
+        tl.store(sums + channels + c, lever_sum, mask=inside)
+    if d_weight is not None:
+        tl.store(d_weight + c, lever_sum.to(d_weight.dtype.element_ty), mask=inside)
+        tl.store(d_bias + c, dz_sum.to(d_bias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_sums_kernel(
+    partial, sums, d_weight, d_bias, channels, splits, BC: tl.constexpr, BS: tl.constexpr
+):
+    """Add alone, where there are too many parts for each program of the next pass to do it."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < channels
+    dz_sum, lever_sum = added(partial, c, inside, channels, splits, BS)
+    write_sums(dz_sum, lever_sum, c, inside, channels, sums, d_weight, d_bias)
+
+
+@triton.jit
+def gradient_kernel(
+    dy,
+    x,
+    y,
+    mask,
+    dx,
+    statistics,
+    weight,
+    bias,
+    sums,  # given, or None: to be added from `partial`; without either the moments are constants
+    partial,
+    d_weight,
+    d_bias,
+    count,
+    count_high,
+    count_low,
+    eps_high,
+    eps_low,
+    outer,
+    channels,
+    units,
+    tiles_i,
+    tiles,
+    per_split,
+    splits,
+    UNIT: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    BS: tl.constexpr,
+    RO: tl.constexpr,  # noqa: ARG001 - every kernel is told of the same cut
+    RI: tl.constexpr,  # noqa: ARG001
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Each program: the gradient of x in its part, in the reverse order of `sums_kernel`."""
+    inner = units * UNIT
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    index = tl.num_programs(1) - 1 - tl.program_id(1)
+    first_c = block * BC
+    channel = first_c + tl.arange(0, BC)
+    known = channel < channels
+    numbers, inverse = read_channels(
+        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+    )
+    invstd = along(inverse.to(tl.float32))
+    scale = along((inverse * parameter(weight, channel, known, 1.0)).to(tl.float32))
+    mean_dz = tl.zeros([1, BC, 1], tl.float32)
+    mean_lever = mean_dz
+    if (sums is not None) or (partial is not None):
+        n = double(count_high, count_low)
+        if count is not None:
+            n = tl.load(count)
+        if sums is not None:
+            dz_sum = tl.load(sums + channel, mask=known, other=0.0)
+            lever_sum = tl.load(sums + channels + channel, mask=known, other=0.0)
+        else:
+            dz_sum, lever_sum = added(partial, channel, known, channels, splits, BS)
+            if index == 0:
+                write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
+        mean_dz = along((dz_sum / or_one(n)).to(tl.float32))
+        mean_lever = along((lever_sum / or_one(n)).to(tl.float32))
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside_c = within(first_c, c, channels, WIDE)
+    offsets = (o * channels + c) * inner + i
+    begin = index * per_split
+    end = tl.minimum(begin + per_split, tiles)
+    for passed in tl.range(0, end - begin, num_stages=STAGES):
+        tile = end - 1 - passed
+        first_o, first_i = start(tile, tiles_i, BO, BI)
+        inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
+        inside = inside_oi & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        at_mask = first_o, first_i, o, i, inner, inside_oi
+        dz, x_hat, weights = terms(
+            dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
+        )
+        out = gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def whole_gradient_kernel(
+    dy,
+    x,
+    y,
+    mask,
+    dx,
+    dz_out,
+    statistics,
+    weight,
+    bias,
+    d_weight,
+    d_bias,
+    count,
+    count_high,
+    count_low,
+    eps_high,
+    eps_low,
+    outer,
+    channels,
+    units,
+    UNIT: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,  # noqa: ARG001
+    RI: tl.constexpr,  # noqa: ARG001
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,  # noqa: ARG001
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    TRAINING: tl.constexpr,
+):
+    """All gradients in one launch: x and dy are read once."""
+    inner = units * UNIT
+    first_c = tl.program_id(0) * BC
+    channel = first_c + tl.arange(0, BC)
+    known = channel < channels
+    numbers, inverse = read_channels(
+        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+    )
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside_oi = (o < outer) & (i < inner)
+    inside = inside_oi & within(first_c, c, channels, WIDE)
+    at = (o * channels + first_c + c) * inner + i
+    at_mask = 0, 0, o, i, inner, inside_oi
+    invstd = along(inverse.to(tl.float32))
+    dz, x_hat, weights = terms(
+        dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
+    )
+    dz_sum = total(dz).to(tl.float64)
+    lever_sum = total(dz * x_hat).to(tl.float64)
+    write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
+    if dz_out is not None:
+        tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
+    if dx is not None:
+        mean_dz = tl.zeros([1, BC, 1], tl.float32)
+        mean_lever = mean_dz
+        if TRAINING:
+            n = double(count_high, count_low)
+            if count is not None:
+                n = tl.load(count)
+            mean_dz = along((dz_sum / or_one(n)).to(tl.float32))
+            mean_lever = along((lever_sum / or_one(n)).to(tl.float32))
+        scale = along((inverse * parameter(weight, channel, known, 1.0)).to(tl.float32))
+        out = gradient_of(dz, x_hat, weights, mask, scale, mean_dz, mean_lever)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)

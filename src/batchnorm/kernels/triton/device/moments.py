@@ -1,0 +1,387 @@
+"""Moments of tiles, their merge in a fixed order, and what the running statistics make of them."""
+
+import triton
+import triton.language as tl
+
+from batchnorm.kernels.triton.device.tiles import (
+    along,
+    axes,
+    double,
+    elements_before,
+    finite,
+    or_one,
+    start,
+    total,
+    weights_at,
+    within,
+    within_threads,
+)
+
+#: As validation.MIN_COUNT: of fewer values there is no unbiased variance.
+MIN_COUNT = tl.constexpr(2.0)
+
+#: A power of 2 that brings the largest deviations in float32, 2¹²⁹, to where 2²⁰ of their squares
+#: can be added: 2⁻⁷⁸ would do for one.
+SMALL = tl.constexpr(2.0**-90)
+
+
+@triton.jit
+def mean_of(values, counted, found):
+    """Mean of the elements of a tile that count: shares before the sum, which might overflow."""
+    return total(tl.where(counted, values * (1.0 / or_one(found)), 0.0))
+
+
+@triton.jit
+def sums_of(
+    x,
+    mask,
+    scale,
+    first_c,
+    begin,
+    end,
+    outer,
+    channels,
+    inner,
+    tiles_i,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,
+    RI: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Σd and Σd² of the tiles from `begin` to before `end`, d = scale · (x − pivot), and the pivot.
+
+    The pivot is the mean of the first tile that has an element. Also Σw, with a mask.
+    """
+    o, c, i = axes(BO, BC, BI, WIDE)
+    inside_c = within(first_c, c, channels, WIDE)
+    offsets = (o * channels + c) * inner + i
+    d_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    square_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
+    weight_sum = tl.zeros([BO, 1, BI], tl.float32)
+    pivot = tl.zeros([BC], tl.float32)
+    seen = tl.full([], 0.0, tl.float32)
+    if mask is None:
+        first_o, first_i = start(begin, tiles_i, BO, BI)
+        inside = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE) & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        found = elements_before(begin + 1, tiles_i, outer, inner, BO, BI)
+        found -= elements_before(begin, tiles_i, outer, inner, BO, BI)
+        pivot = mean_of(v, inside, found.to(tl.float32))
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        first_o, first_i = start(tile, tiles_i, BO, BI)
+        inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
+        inside = inside_oi & inside_c
+        at = (first_o * channels + first_c) * inner + first_i + offsets
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if mask is None:
+            d = tl.where(inside, v * scale - along(pivot * scale), 0.0)
+            d_sum += within_threads(d, RO, RI)
+            square_sum += within_threads(d * d, RO, RI)
+        else:
+            weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
+            counted = inside & (weights > 0)
+            if seen == 0:
+                seen = tl.sum((weights > 0).to(tl.float32))
+                pivot = mean_of(v, counted, seen)
+            d = tl.where(counted, v * scale - along(pivot * scale), 0.0)
+            d_sum += within_threads(d * weights, RO, RI)
+            square_sum += within_threads(d * d * weights, RO, RI)
+            weight_sum += weights
+    return (
+        total(d_sum).to(tl.float64),
+        total(square_sum).to(tl.float64),
+        pivot.to(tl.float64),
+        tl.sum(weight_sum.to(tl.float64)),
+    )
+
+
+@triton.jit
+def moments_of(
+    x,
+    mask,
+    first_c,
+    begin,
+    end,
+    outer,
+    channels,
+    inner,
+    tiles_i,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,
+    RI: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Count, mean and m2 of the tiles from `begin` to before `end`, for BC channels.
+
+    Of n elements, t of them in the pivot's tile, (pivot − mean)² is at most n/t · var; so what
+    cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
+    """
+    scale = tl.full([], 1.0, tl.float32)
+    d_sum, squares, pivot, n = sums_of(
+        x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+        BO, BC, BI, RO, RI, WIDE, STAGES,
+    )  # fmt: skip
+    if tl.max(tl.where(finite(squares), 0, 1), axis=0) > 0:
+        # NaN, infinity, or squares beyond float32: once more, small enough.
+        scale *= SMALL
+        d_sum, squares, pivot, n = sums_of(
+            x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+            BO, BC, BI, RO, RI, WIDE, STAGES,
+        )  # fmt: skip
+    if mask is None:
+        first = elements_before(begin, tiles_i, outer, inner, BO, BI)
+        n = (elements_before(end, tiles_i, outer, inner, BO, BI) - first).to(tl.float64)
+    n += tl.zeros([BC], tl.float64)
+    unit = 1.0 / scale.to(tl.float64)
+    shift = d_sum * unit / or_one(n)
+    m2 = squares * unit * unit - n * shift * shift
+    # Not maximum, which need not pass NaN on.
+    return n, pivot + shift, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
+def moments_kernel(
+    x,
+    mask,
+    partial,  # (3, splits, channels)
+    outer,
+    channels,
+    units,
+    tiles_i,
+    tiles,
+    per_split,
+    UNIT: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    RO: tl.constexpr,
+    RI: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Each program: the moments of its part of its channels."""
+    index = tl.program_id(1)
+    first_c = tl.program_id(0) * BC
+    tile = index * per_split
+    end = tl.minimum(tile + per_split, tiles)
+    inner = units * UNIT
+    n, mean, m2 = moments_of(
+        x,
+        mask,
+        first_c,
+        tile,
+        end,
+        outer,
+        channels,
+        inner,
+        tiles_i,
+        BO,
+        BC,
+        BI,
+        RO,
+        RI,
+        WIDE,
+        STAGES,
+    )
+    c = first_c + tl.arange(0, BC)
+    inside = c < channels
+    stride = tl.num_programs(1).to(tl.int64) * channels
+    at = partial + index.to(tl.int64) * channels + c
+    tl.store(at, n, mask=inside)
+    tl.store(at + stride, mean, mask=inside)
+    tl.store(at + 2 * stride, m2, mask=inside)
+
+
+@triton.jit
+def merged(partial, c, inside, channels, splits, BS: tl.constexpr):
+    """Moments of all parts of these channels, always in the same order."""
+    n = tl.zeros(c.shape, tl.float64)
+    mean = tl.zeros(c.shape, tl.float64)
+    m2 = tl.zeros(c.shape, tl.float64)
+    # A size that is 1 comes as a constant, which has no methods.
+    stride = (tl.full([], 0, tl.int64) + splits) * channels
+    for first in range(0, splits, BS):
+        s = first + tl.arange(0, BS)
+        at = partial + s.to(tl.int64)[:, None] * channels + c[None, :]
+        there = (s < splits)[:, None] & inside[None, :]
+        counts = tl.load(at, mask=there, other=0.0)
+        means = tl.load(at + stride, mask=there, other=0.0)
+        squares = tl.load(at + 2 * stride, mask=there, other=0.0)
+        more = tl.sum(counts, axis=0)
+        # Shares before products: a part that is alone in having elements comes out as it is.
+        centre = tl.sum(counts / or_one(more)[None, :] * means, axis=0)
+        apart = means - centre[None, :]
+        m2 += tl.sum(squares, axis=0) + tl.sum(counts * apart * apart, axis=0)
+        delta = centre - mean
+        share = more / or_one(n + more)
+        mean += delta * share
+        m2 += delta * delta * (n * share)
+        n += more
+    return n, mean, m2
+
+
+@triton.jit
+def are_sound(n, mean, m2, running_mean, running_var, inside):
+    """Which channels' statistics the running ones may take in, in the buffers' dtypes."""
+    unbiased = m2 / or_one(n - 1.0)
+    fits_mean = finite(mean.to(running_mean.dtype.element_ty).to(tl.float64))
+    fits_var = finite(unbiased.to(running_var.dtype.element_ty).to(tl.float64))
+    return inside & fits_mean & fits_var & (n >= MIN_COUNT)
+
+
+@triton.jit
+def take_in(n, mean, m2, c, sound, running_mean, running_var, share):
+    """(1 − share) · running + share · batch, with the unbiased variance, where that is sound."""
+    for_mean, for_var = running_mean + c, running_var + c
+    unbiased = m2 / or_one(n - 1.0)
+    old_mean = tl.load(for_mean, mask=sound, other=0.0).to(tl.float64)
+    old_var = tl.load(for_var, mask=sound, other=0.0).to(tl.float64)
+    new_mean = (1.0 - share) * old_mean + share * mean
+    new_var = (1.0 - share) * old_var + share * unbiased
+    tl.store(for_mean, new_mean.to(running_mean.dtype.element_ty), mask=sound)
+    tl.store(for_var, new_var.to(running_var.dtype.element_ty), mask=sound)
+
+
+@triton.jit
+def keep(n, mean, m2, c, inside, channels, statistics, count):
+    """Write mean and biased variance, (2, channels), and the count where it is not known."""
+    tl.store(statistics + c, mean, mask=inside)
+    tl.store(statistics + channels + c, m2 / or_one(n), mask=inside)
+    if count is not None:
+        tl.store(count + c, n, mask=inside & (c == 0))
+
+
+@triton.jit
+def conclude(
+    partial,
+    block,
+    blocks,
+    channels,
+    splits,
+    statistics,
+    count,
+    running_mean,
+    running_var,
+    counter,
+    share_high,
+    share_low,
+    writes,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Moments of a block of channels from its parts; one program for each block writes them.
+
+    The counter counts a batch that any channel has taken in. The program of the first block looks
+    at its own, and only if all of those refuse at the others': so no program waits for another.
+    """
+    c = block * BC + tl.arange(0, BC)
+    inside = c < channels
+    n, mean, m2 = merged(partial, c, inside, channels, splits, BS)
+    if writes:
+        keep(n, mean, m2, c, inside, channels, statistics, count)
+        if running_mean is not None:
+            sound = are_sound(n, mean, m2, running_mean, running_var, inside)
+            share = double(share_high, share_low)
+            take_in(n, mean, m2, c, sound, running_mean, running_var, share)
+            if counter is not None:
+                if block == 0:
+                    taken = tl.max(sound.to(tl.int32), axis=0)
+                    other = block + 1
+                    while (taken == 0) & (other < blocks):
+                        there = other * BC + tl.arange(0, BC)
+                        found = there < channels
+                        counts, means, squares = merged(partial, there, found, channels, splits, BS)
+                        sound = are_sound(counts, means, squares, running_mean, running_var, found)
+                        taken = tl.max(sound.to(tl.int32), axis=0)
+                        other += 1
+                    tl.store(counter, tl.load(counter) + taken)
+    return n, mean, m2
+
+
+@triton.jit
+def finish_kernel(
+    partial,
+    statistics,
+    count,
+    running_mean,
+    running_var,
+    counter,
+    share_high,
+    share_low,
+    channels,
+    splits,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Merge alone, where there are too many parts for each program of the next pass to do it."""
+    conclude(
+        partial,
+        tl.program_id(0),
+        tl.num_programs(0),
+        channels,
+        splits,
+        statistics,
+        count,
+        running_mean,
+        running_var,
+        counter,
+        share_high,
+        share_low,
+        True,
+        BC,
+        BS,
+    )
+
+
+@triton.jit
+def update_kernel(
+    mean,
+    var,
+    count,
+    known_high,
+    known_low,
+    running_mean,
+    running_var,
+    counter,
+    share_high,
+    share_low,
+    channels,
+    TOGETHER: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The running update alone, by one program; `TOGETHER`: a plain average, of all or none."""
+    n = double(known_high, known_low)
+    if count is not None:
+        n = tl.load(count)
+    n += tl.zeros([BC], tl.float64)
+    share = double(share_high, share_low)
+    if TOGETHER:
+        share = 1.0 / (tl.load(counter) + 1).to(tl.float64)
+    refused = tl.full([], 0, tl.int32)
+    taken = tl.full([], 0, tl.int32)
+    for first in range(0, channels, BC):
+        c = first + tl.arange(0, BC)
+        inside = c < channels
+        m2 = tl.load(var + c, mask=inside, other=0.0) * n
+        means = tl.load(mean + c, mask=inside, other=0.0)
+        sound = are_sound(n, means, m2, running_mean, running_var, inside)
+        taken = tl.maximum(taken, tl.max(sound.to(tl.int32), axis=0))
+        refused = tl.maximum(refused, tl.max((inside & ~sound).to(tl.int32), axis=0))
+    if TOGETHER:
+        taken = taken * (1 - refused)
+    for first in range(0, channels, BC):
+        c = first + tl.arange(0, BC)
+        inside = (c < channels) & (taken + 0 * c > 0)
+        m2 = tl.load(var + c, mask=inside, other=0.0) * n
+        means = tl.load(mean + c, mask=inside, other=0.0)
+        sound = are_sound(n, means, m2, running_mean, running_var, inside)
+        take_in(n, means, m2, c, sound, running_mean, running_var, share)
+    if counter is not None:
+        tl.store(counter, tl.load(counter) + taken)

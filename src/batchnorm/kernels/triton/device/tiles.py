@@ -1,0 +1,149 @@
+"""What all kernels share: where a tile lies, what a channel's numbers are, what an element becomes.
+
+A tensor's memory is (outer, channels, inner), whatever its axes are called: the channels' axis in
+the order of memory, all axes before it and all after it. So NCHW has inner = H·W, channels-last and
+(N, C) have inner = 1, and one source serves them all by the shape of its tile, [BO, BC, BI]: one
+channel and a long run of it, or many channels and one element of each.
+
+Numbers of a channel are float64, numbers of an element float32: the first are few, and the second
+are close to memory's speed that way.
+"""
+
+# The kernels are Triton's language, which has no types that mypy knows of.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def double(high, low):
+    """The float64 that came as two float32, all that a kernel can be given."""
+    return (tl.full([], 0.0, tl.float64) + high) + low
+
+
+@triton.jit
+def axes(BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexpr):
+    """Indices within a tile, along its three axes."""
+    o = tl.arange(0, BO)[:, None, None]
+    c = tl.arange(0, BC)[None, :, None]
+    i = tl.arange(0, BI)[None, None, :]
+    if WIDE:
+        return o.to(tl.int64), c.to(tl.int64), i.to(tl.int64)
+    return o, c, i
+
+
+@triton.jit
+def start(tile, tiles_i, BO: tl.constexpr, BI: tl.constexpr):
+    """The first outer and the first inner index of a tile."""
+    zero = tl.full([], 0, tl.int64)
+    if BI == 1:  # inner is 1 too; said so, or the compiler would not see that channels are dense
+        return (zero + tile) * BO, zero
+    return (zero + tile // tiles_i) * BO, (zero + tile % tiles_i) * BI
+
+
+@triton.jit
+def within(first, axis, size, WIDE: tl.constexpr):
+    """Which indices of an axis there are."""
+    if WIDE:
+        return first + axis < size
+    return first.to(tl.int32) + axis < size
+
+
+@triton.jit
+def elements_before(tile, tiles_i, outer, inner, BO: tl.constexpr, BI: tl.constexpr):
+    """How many elements a channel has in the tiles before this one."""
+    first_o, first_i = start(tile, tiles_i, BO, BI)
+    rows = tl.minimum(first_o, outer)
+    more = tl.minimum(outer - rows, BO)
+    return rows * inner + more * tl.minimum(first_i, inner)
+
+
+@triton.jit
+def weights_at(mask, first_o, first_i, o, i, inner, inside):
+    """The mask's weights, [BO, 1, BI]."""
+    at = mask + first_o * inner + first_i
+    read = tl.load(at + o * inner + i, mask=inside, other=0)
+    if mask.dtype.element_ty.is_floating():
+        return read.to(tl.float32)
+    return (read != 0).to(tl.float32)
+
+
+@triton.jit
+def finite(values):
+    """Neither NaN nor infinite."""
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
+def or_one(count):
+    """Of nothing, the mean is 0/1."""
+    return tl.where(count > 0, count, 1.0)
+
+
+@triton.jit
+def within_threads(values, RO: tl.constexpr, RI: tl.constexpr):
+    """Sums of RO · RI elements that lie in one thread, which costs nothing but the additions."""
+    BO: tl.constexpr = values.shape[0]
+    BC: tl.constexpr = values.shape[1]
+    BI: tl.constexpr = values.shape[2]
+    values = tl.reshape(values, (RO, BO // RO, BC, RI, BI // RI))
+    return tl.sum(tl.sum(values, axis=3), axis=0)
+
+
+@triton.jit
+def total(values):
+    """Sum of a tile for each of its channels."""
+    return tl.sum(tl.sum(values, axis=2), axis=0)
+
+
+@triton.jit
+def along(values):
+    """One number for each channel, against a tile."""
+    return values[None, :, None]
+
+
+@triton.jit
+def inverse_std(var, eps):
+    """1/√(var + eps), in float64."""
+    return 1.0 / tl.sqrt(var + eps)
+
+
+@triton.jit
+def split(mean):
+    """A float64 as two float32: x minus the first is exact where x is near, then the rest."""
+    high = mean.to(tl.float32)
+    return along(high), along((mean - high.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def parameter(pointer, c, inside, default: tl.constexpr):
+    """γ or β of channels, in float64."""
+    if pointer is None:
+        return tl.full(c.shape, default, tl.float64)
+    return tl.load(pointer + c, mask=inside, other=0).to(tl.float64)
+
+
+@triton.jit
+def affine(x, mean_high, mean_low, scale, shift):
+    """γ·x̂ + β; forward and backward must see the same sign of it, to the last bit."""
+    return ((x - mean_high) - mean_low) * scale + shift
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The fused activation; NaN comes out as NaN."""
+    if ACTIVATION == 0:
+        return z
+    if ACTIVATION == 1:  # not a product: −∞ · 0 is NaN
+        return tl.where(z <= 0, 0.0, z)
+    return tl.where(z <= 0, z * SLOPE, z)
+
+
+@triton.jit
+def activation_slope(dy, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """`dy` · activation′(z), told from the sign of z or of y; at 0 it is the left one."""
+    if ACTIVATION == 0:
+        return dy
+    if ACTIVATION == 1:
+        return tl.where(z <= 0, 0.0, dy)
+    return tl.where(z <= 0, dy * SLOPE, dy)

@@ -1,0 +1,173 @@
+"""What a call is about: x in an order of memory that the kernels read, its mask, how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import calls
+from batchnorm.kernels.triton.plans import (
+    PARTS,
+    STAGES,
+    Arrangement,
+    Plan,
+    arrangement,
+    plan,
+    power_of_two,
+)
+
+#: Elements; and numbers of a channel, which the kernels turn into float64.
+ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
+NUMBERS = (*ELEMENTS, torch.float64)
+
+#: eps and its inverse square root must be numbers of float32 too.
+LEAST_EPS, LARGEST_EPS = 1e-30, 1e30
+
+#: What Triton would else warn of, or decide by itself: products and sums fuse; and loops keep the
+#: loads of as many tiles in flight as they say themselves.
+COMPILED = {"enable_fp_fusion": True, "num_stages": 1}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The tensor that a call is about.
+
+    Attributes:
+        x: dense, its axes in any order.
+        mask: None, or weights as uint8 or floats, (outer, inner), dense.
+        lies: how x lies in memory.
+        plan: how it is cut.
+    """
+
+    x: Tensor
+    mask: Tensor | None
+    lies: Arrangement
+    plan: Plan
+
+    @classmethod
+    def of(cls, x: Tensor, channel_dim: int, mask: Tensor | None) -> Operand:
+        """Read x and a mask that has its shape with one channel; copy what is not dense."""
+        lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
+        if lies is None:
+            return cls.of(x.contiguous(), channel_dim, mask)
+        if mask is not None:
+            mask = mask.permute(lies.order).contiguous()
+            mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
+        cut = plan(lies.outer, lies.channels, lies.inner, x.element_size())
+        return cls(x, mask, lies, cut)
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        return self.lies.channels
+
+    @property
+    def values(self) -> int:
+        """Elements of a channel."""
+        return self.lies.outer * self.lies.inner
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What every kernel is told: outer, channels and inner, the last in units."""
+        return self.lies.outer, self.lies.channels, self.lies.inner // self.plan.unit
+
+    @property
+    def passes(self) -> tuple[int, int, int]:
+        """What the kernels of two passes are told besides."""
+        return self.plan.tiles_i, self.plan.tiles, self.plan.per_split
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The programs of a pass."""
+        return self.plan.blocks, self.plan.splits
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        return constants(self.plan)
+
+    @property
+    def parts(self) -> int:
+        """How many parts are merged at once."""
+        return min(PARTS, power_of_two(self.plan.splits))
+
+    def numbers(self, *shape: int) -> Tensor:
+        """Room for float64 numbers on x's device."""
+        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+
+    def like(self, dtype: torch.dtype) -> Tensor:
+        """Room for a tensor that lies as x does."""
+        return torch.empty_like(self.x, dtype=dtype)
+
+    def arranged(self, other: Tensor) -> Tensor:
+        """The same values, lying as x does."""
+        if other.stride() == self.x.stride():
+            return other
+        return self.like(other.dtype).copy_(other)
+
+
+@lru_cache(maxsize=1024)
+def constants(cut: Plan) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    rows, block, run = cut.tile
+    of_rows, of_run = cut.in_threads
+    return {
+        "UNIT": cut.unit,
+        "BO": rows,
+        "BC": block,
+        "BI": run,
+        "RO": of_rows,
+        "RI": of_run,
+        "WIDE": cut.wide,
+        "STAGES": STAGES,
+        "num_warps": cut.warps,
+        **COMPILED,
+    }
+
+
+@lru_cache(maxsize=64)
+def doubled(value: float) -> tuple[float, float]:
+    """A number as the two float32 that a kernel can be given."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high
+
+
+def served(
+    x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, channel_dim: int, flags: int
+) -> bool:
+    """Whether the kernels can do this: axes, options, one group, a number for each channel."""
+    if x.dim() < 2 or x.numel() == 0 or not -x.dim() <= channel_dim < x.dim():
+        return False
+    size = flags >> calls.GROUP_BIT
+    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    return (
+        (size == 0 or size >= samples)
+        and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
+        and LEAST_EPS <= eps <= LARGEST_EPS
+        and all(v is None or is_vector(v, x, channel_dim) for v in vectors)
+    )
+
+
+def is_vector(vector: Tensor, x: Tensor, channel_dim: int) -> bool:
+    """Whether this has a number for each channel, where the kernels can read and write it."""
+    return (
+        vector.dim() == 1
+        and len(vector) == x.shape[channel_dim]
+        and vector.device == x.device
+        and vector.dtype in NUMBERS
+        and vector.is_contiguous()
+    )
+
+
+def is_like(tensor: Tensor, x: Tensor) -> bool:
+    """Whether this has a number for each element, where the kernels can read it."""
+    return tensor.shape == x.shape and tensor.device == x.device and tensor.dtype in ELEMENTS
+
+
+def is_counter(counter: Tensor, x: Tensor) -> bool:
+    """Whether this is a number of batches that the kernels can change."""
+    return counter.dtype is torch.int64 and counter.numel() == 1 and counter.device == x.device
