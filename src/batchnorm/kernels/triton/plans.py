@@ -124,9 +124,10 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
     unit = min(inner & -inner, 16)
     tile = _whole_tile(outer, channels, inner, itemsize)
     if tile is not None:
+        warps = _warps(tile, 2 * PER_THREAD)
         return Plan(
-            True, tile, unit, _wide(outer, channels, inner, tile), _warps(tile, 32), 1,
-            -(-channels // tile[1]),
+            True, tile, unit, _wide(outer, channels, inner, tile), warps,
+            _vectors(tile, itemsize, warps), -(-channels // tile[1]),
         )  # fmt: skip
     tile = _tile(outer, channels, inner, itemsize)
     blocks = -(-channels // tile[1])
@@ -136,9 +137,9 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
     per_split = max(least, -(-tiles * blocks // PROGRAMS))
     splits = -(-tiles // per_split)
     warps = _warps(tile, PER_THREAD)
-    vectors = max(1, _size(tile) * itemsize // (32 * warps * 16))
     return Plan(
-        False, tile, unit, _wide(outer, channels, inner, tile), warps, vectors,
+        False, tile, unit, _wide(outer, channels, inner, tile), warps,
+        _vectors(tile, itemsize, warps),
         blocks, tiles_i, tiles, per_split, splits,
     )  # fmt: skip
 
@@ -154,6 +155,10 @@ def _size(tile: tuple[int, int, int]) -> int:
 
 def _warps(tile: tuple[int, int, int], per_thread: int) -> int:
     return max(1, min(8, _size(tile) // (32 * per_thread)))
+
+
+def _vectors(tile: tuple[int, int, int], itemsize: int, warps: int) -> int:
+    return max(1, _size(tile) * itemsize // (32 * warps * 16))
 
 
 def _wide(outer: int, channels: int, inner: int, tile: tuple[int, int, int]) -> bool:

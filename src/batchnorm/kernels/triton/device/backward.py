@@ -138,8 +138,8 @@ def sums_kernel(
             tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
     stride = tl.num_programs(1).to(tl.int64) * channels
     to = partial + index.to(tl.int64) * channels + channel
-    tl.store(to, total(dz_sum).to(tl.float64), mask=known)
-    tl.store(to + stride, total(lever_sum).to(tl.float64), mask=known)
+    tl.store(to, total(dz_sum, 1, 1), mask=known)
+    tl.store(to + stride, total(lever_sum, 1, 1), mask=known)
 
 
 @triton.jit
@@ -288,8 +288,8 @@ def whole_gradient_kernel(
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    RO: tl.constexpr,  # noqa: ARG001
-    RI: tl.constexpr,  # noqa: ARG001
+    RO: tl.constexpr,
+    RI: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,  # noqa: ARG001
     ACTIVATION: tl.constexpr,
@@ -313,8 +313,8 @@ def whole_gradient_kernel(
     dz, x_hat, weights = terms(
         dy, x, y, mask, at, inside, at_mask, numbers, invstd, ACTIVATION, SLOPE
     )
-    dz_sum = total(dz).to(tl.float64)
-    lever_sum = total(dz * x_hat).to(tl.float64)
+    dz_sum = total(dz, RO, RI)
+    lever_sum = total(dz * x_hat, RO, RI)
     write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
     if dz_out is not None:
         tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)

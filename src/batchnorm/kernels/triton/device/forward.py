@@ -129,7 +129,7 @@ def normalize_kernel(
 
 
 @triton.jit
-def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, WIDE):
+def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE):
     """A tile that holds all elements of its channels, their moments, and where they are."""
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_oi = (o < outer) & (i < inner)
@@ -145,15 +145,16 @@ def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, WIDE):
     counted = inside & (weights > 0)
     share = weights * along((1.0 / or_one(n)).to(tl.float32))
     # The second mean, of what the first one leaves, has lost nothing to the offset.
-    pivot = total(tl.where(counted, v * share, 0.0))
-    shift = total(tl.where(counted, (v - along(pivot)) * share, 0.0))
-    d = tl.where(counted, (v - along(pivot)) - along(shift), 0.0)
-    m2 = total(d * d * weights).to(tl.float64)
+    pivot = total(tl.where(counted, v * share, 0.0), RO, RI).to(tl.float32)
+    apart = tl.where(counted, v - along(pivot), 0.0)
+    shift = total(apart * weights, RO, RI) / or_one(n)
+    d = tl.where(counted, apart - along(shift.to(tl.float32)), 0.0)
+    m2 = total(d * d * weights, RO, RI)
     if tl.max(tl.where(finite(m2), 0, 1), axis=0) > 0:
         # NaN, infinity, or squares beyond float32: once more, small enough.
         d *= SMALL
-        m2 = total(d * d * weights).to(tl.float64) / (SMALL * SMALL)
-    return v, at, inside, n, pivot.to(tl.float64) + shift.to(tl.float64), m2
+        m2 = total(d * d * weights, RO, RI) / (SMALL * SMALL)
+    return v, at, inside, n, pivot.to(tl.float64) + shift, m2
 
 
 @triton.jit
@@ -180,8 +181,8 @@ def whole_kernel(
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    RO: tl.constexpr,  # noqa: ARG001
-    RI: tl.constexpr,  # noqa: ARG001
+    RO: tl.constexpr,
+    RI: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,  # noqa: ARG001
     ACTIVATION: tl.constexpr,
@@ -192,7 +193,7 @@ def whole_kernel(
     block = tl.program_id(0)
     first_c = block * BC
     v, at, inside, n, mean, m2 = whole_moments(
-        x, mask, first_c, outer, channels, inner, BO, BC, BI, WIDE
+        x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
     )
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
@@ -213,7 +214,7 @@ def whole_kernel(
                 other = block + 1
                 while (taken == 0) & (other < tl.num_programs(0)):
                     _, _, _, counts, means, squares = whole_moments(
-                        x, mask, other * BC, outer, channels, inner, BO, BC, BI, WIDE
+                        x, mask, other * BC, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
                     )
                     there = other * BC + tl.arange(0, BC) < channels
                     sound = are_sound(counts, means, squares, running_mean, running_var, there)

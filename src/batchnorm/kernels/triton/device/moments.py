@@ -26,9 +26,11 @@ SMALL = tl.constexpr(2.0**-90)
 
 
 @triton.jit
-def mean_of(values, counted, found):
-    """Mean of the elements of a tile that count: shares before the sum, which might overflow."""
-    return total(tl.where(counted, values * (1.0 / or_one(found)), 0.0))
+def pivot_of(values, counted, found, RO: tl.constexpr, RI: tl.constexpr):
+    """About the mean of the elements of a tile that count: any number near them is right."""
+    # Shares before the sum, which might overflow.
+    shares = tl.where(counted, values * (1.0 / or_one(found)), 0.0)
+    return total(shares, RO, RI).to(tl.float32)
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def sums_of(
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         found = elements_before(begin + 1, tiles_i, outer, inner, BO, BI)
         found -= elements_before(begin, tiles_i, outer, inner, BO, BI)
-        pivot = mean_of(v, inside, found.to(tl.float32))
+        pivot = pivot_of(v, inside, found.to(tl.float32), RO, RI)
     for tile in tl.range(begin, end, num_stages=STAGES):
         first_o, first_i = start(tile, tiles_i, BO, BI)
         inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
@@ -86,14 +88,14 @@ def sums_of(
             counted = inside & (weights > 0)
             if seen == 0:
                 seen = tl.sum((weights > 0).to(tl.float32))
-                pivot = mean_of(v, counted, seen)
+                pivot = pivot_of(v, counted, seen, RO, RI)
             d = tl.where(counted, v * scale - along(pivot * scale), 0.0)
             d_sum += within_threads(d * weights, RO, RI)
             square_sum += within_threads(d * d * weights, RO, RI)
             weight_sum += weights
     return (
-        total(d_sum).to(tl.float64),
-        total(square_sum).to(tl.float64),
+        total(d_sum, 1, 1),
+        total(square_sum, 1, 1),
         pivot.to(tl.float64),
         tl.sum(weight_sum.to(tl.float64)),
     )
