@@ -1,6 +1,6 @@
 """A session on a machine with a GPU: is everything right there, is it fast, in at most 8 minutes.
 
-    make gpu                                    # or: PYTHONPATH=src python3 benchmarks/gpu.py
+    make gpu                                                 or: PYTHONPATH=src python3 …/gpu.py
     PYTHONPATH=src python3 benchmarks/gpu.py --rehearse      every part, on the CPU, on tiny tensors
     PYTHONPATH=src python3 benchmarks/gpu.py --page          the page anew, from the file of results
 
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from batchnorm.bench import gpu, worker
-from batchnorm.bench.device import COLD, PROFILED, REPLAYED, WARM
+from batchnorm.bench.device import CHECKED, COLD, PROFILED, REPLAYED, WARM
 from batchnorm.bench.gpu import DIED, OK, SKIPPED, STOPPED, WRONG, Part
 from batchnorm.bench.gpu_page import page
 from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, NATIVE
@@ -268,16 +268,17 @@ def _sanitizer() -> str | None:
 
 
 def correctness(*, rehearse: bool) -> Stage:
-    """The kernels' tests; beside them small calls, alone and under compute-sanitizer."""
+    """The kernels' tests, the suite's results, small calls alone and under compute-sanitizer."""
     tests = ROOT / (Path("tests/kernels/test_reference.py") if rehearse else TESTS)
     missing = [name for name in TESTS_NEED if importlib.util.find_spec(name) is None]
     excuse = f"not installed: {', '.join(missing)}" if missing else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
+    # Most of the time goes into compiling kernels, and a process compiles one at a time: a third of
+    # the cores for the tests, a third for the suite, some for the rest.
+    processes = max(1, min(6, (os.cpu_count() or 1) // 3))
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist"):
-        # Compiling kernels is what takes the time, and a process compiles one at a time.
-        processes = 2 if rehearse else max(1, min(8, (os.cpu_count() or 1) // 2))
         pytest += ["-n", str(processes)]
     small = [sys.executable, str(ROOT / "benchmarks" / "small_calls.py")]
     small += ["--device", "cpu", "--rehearse"] if rehearse else ["--device", "cuda"]
@@ -295,8 +296,18 @@ def correctness(*, rehearse: bool) -> Stage:
         )
         for tool, share in zip(TOOLS, (35, 20, 15), strict=True)
     ]
+    suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
+    shares = [
+        Request(suite, "", device, None, CHECKED, SEED, go_on=True, share=(k, processes))
+        for k in range(processes)
+    ]
     return (
         [Job("tests", [*pytest, str(tests)], 105, tested, missing=excuse)],
+        # What these compile, the measurements find in Triton's cache.
+        *(
+            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 105, measured)]
+            for k, share in enumerate(shares)
+        ),
         # The first fills Triton's cache for the others.
         [Job("small calls", small, 35, called), *checks],
     )

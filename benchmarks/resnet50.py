@@ -36,6 +36,9 @@ PLAIN = "torch eager, not in place"
 #: Rounds of both networks, so that the interval leaves out the two fastest and the two slowest.
 ROUNDS = 12
 
+#: Seconds of a network in a round: a few steps.
+LOOP_S = 0.3
+
 #: Losses of two networks that differ in rounding only may differ by so much of their size: 8 steps
 #: of bfloat16 (2⁻⁸), which carries what goes from layer to layer.
 LOSS_BOUND = 8 * 2**-8
@@ -191,6 +194,7 @@ def measured(size: Size, on: str, rounds: int) -> dict[str, Any]:
         {name: training.step for name, training in trainings.items()},
         rounds,
         seed=SEED,
+        loop_s=LOOP_S,
         stopwatch=device.stopwatch(on),
     )
     of_rounds = ratios(times[EAGER].seconds, times[OURS].seconds)

@@ -249,6 +249,8 @@ _GPU = tuple(
             *_images(torch.float32, False, (64, 112), (256, 56)),
             *_images(torch.float32, True, (256, 56)),
             *(Case((4096, 1024), _BRAIN), Case((64, 256)), Case((64, 256, 4096), _BRAIN)),
+            # In and out of the cache: large enough for the one, small enough for the other.
+            *(Case((32, 256, 14, 14), _BRAIN, channels_last=True), Case((4096, 256), _BRAIN)),
             *(Case((2, 64, 32, 32)), Case((2, 64, 32, 32), _BRAIN)),
         )
     )

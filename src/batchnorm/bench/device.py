@@ -21,8 +21,8 @@ COLD, WARM, REPLAYED = "cold L2", "warm L2", "warm L2, replayed"
 
 STATES = (COLD, WARM, REPLAYED)
 
-#: Not times, but which kernels run.
-PROFILED = "kernels"
+#: Not times, but whether we are right; or which kernels run.
+CHECKED, PROFILED = "checks", "kernels"
 
 #: How many times as large as the cache the tensors are that calls take turns with: of those used
 #: last, a quarter may still lie there when everything has been read once.

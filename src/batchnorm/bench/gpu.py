@@ -83,7 +83,7 @@ def _wrong(content: dict[str, Any]) -> Iterator[str]:
         if part["status"] in (WRONG, DIED):
             yield f"{part['name']} {part['status']}: {part['says']}"
     for failed in content["failed"]:
-        yield f"{failed['what']} raised: {failed['why']}"
+        yield f"{failed['what']}: {failed['why']}"
     for row in results.refused(content):
         error = "NaN" if row["error"] is None else f"{row['error']:.1e}"
         yield (
@@ -106,7 +106,7 @@ def table(content: dict[str, Any]) -> list[str]:
 
 
 def _cut(line: str) -> str:
-    line = " ".join(line.split())
+    line = line.replace("\n", " ")
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 

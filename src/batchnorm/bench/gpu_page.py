@@ -36,6 +36,7 @@ def page(content: dict[str, Any] | None) -> str:
 | software | batchnorm {place.get("batchnorm")} at {place.get("commit")}, torch \
 {place.get("torch")}, CUDA {gpu.get("cuda")}, cuDNN {gpu.get("cudnn")}, triton \
 {gpu.get("triton")}, Python {place.get("python")} |
+| kernels | {_served(place)} |
 | date, seed | {place.get("date")}, {place.get("seed")} |""",
                 "```text\n" + "\n".join(table(content)) + "\n```",
                 "## Targets\n\n" + "\n".join(_said(content["targets"])),
@@ -45,6 +46,12 @@ def page(content: dict[str, Any] | None) -> str:
         )
         + "\n"
     )
+
+
+def _served(place: dict[str, Any]) -> str:
+    """What our own kernels for a GPU serve, or why they do not."""
+    lines = place.get("backends", ())
+    return next((line for line in lines if line.startswith("triton")), "none for a GPU")
 
 
 def _said(judged: Iterable[dict[str, Any]]) -> Iterator[str]:

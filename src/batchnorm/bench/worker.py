@@ -39,11 +39,13 @@ PAGE = 4096
 class Request:
     """What to measure; the allocator is a label here, and has been set up before.
 
-    On a GPU it is one of `device.STATES`, or `device.PROFILED`; and so on the CPU in a rehearsal.
+    On a GPU it is one of `device.STATES`, `device.CHECKED` or `device.PROFILED`; and so on the CPU
+    in a rehearsal.
 
     Attributes:
         peers: who takes part beside us, where `peers.takes_part` has it so.
         go_on: tell of what raises, and measure the next.
+        share: (k, n) is the k-th of n processes that share the cases; k from 0.
         part: which of the processes this is. The first one compares the results with float64; the
             others compute the same again.
     """
@@ -59,6 +61,7 @@ class Request:
     passes: Sequence[str] = PASSES
     fusions: Sequence[str] = FUSIONS
     go_on: bool = False
+    share: tuple[int, int] = (0, 1)
 
 
 def work(request: Request) -> Iterator[Event]:
@@ -67,7 +70,8 @@ def work(request: Request) -> Iterator[Event]:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     yield {"event": "environment", **environment(request.device, request.seed)}
-    for case in suite.cases:
+    first, step = request.share
+    for case in suite.cases[first::step]:
         if not (number := device.sets(request.allocator, case.bytes, request.device)):
             continue
         problem = Problem.of(case, request.device, request.seed)
@@ -96,9 +100,13 @@ def _fusion(
         for name in request.peers
         if peers.takes_part(name, case, compiles=case in suite.compiled)
     ]
+    ours = peers.ours(case, fusion, request.device)
+    if request.allocator == device.CHECKED:
+        yield from _checked(request, case, fusion, ours, problem)
+        return
     if not others:
         return
-    contenders = [peers.ours(case, fusion, request.device), *others]
+    contenders = [ours, *others]
     if request.part == 0:
         yield {"event": "kernels", "native": contest.natively(contenders[0], problem)}
     for mode in request.passes:
@@ -120,6 +128,19 @@ def _fusion(
         else:
             for event in _measured(request, suite, case, fusion, mode, contenders, problems):
                 yield {**event, **known} if event["event"] == "row" else event
+
+
+def _checked(
+    request: Request, case: Case, fusion: str, ours: Contender, problem: Problem
+) -> Iterator[Event]:
+    """Compare with float64 only; what is compiled for that is compiled for the other processes."""
+    for mode in request.passes:
+        yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
+        seen = check.observe(ours, problem, mode)
+        verdict = check.judge(seen, problem, mode, fusion)
+        if not verdict.right:
+            error = f"error {verdict.error:.1e} in {verdict.where}, {verdict.bound:.1e} allowed"
+            yield {"event": "failed", "what": f"{case.title}, {mode}, {fusion}", "why": error}
 
 
 def _measured(
