@@ -162,6 +162,8 @@ class Session:
                 timer.cancel()
                 _kill(process)
                 self._living.discard(process)
+                if process.stdout:
+                    process.stdout.close()
             errors.seek(0)
             said = errors.read().splitlines()
         # Last words last: of what was stopped, where it was; else of what went wrong.
