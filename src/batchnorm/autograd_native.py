@@ -305,9 +305,9 @@ class NativeFunction(torch.autograd.Function):
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
     (with a channel axis of size 1), running mean and variance, counter, momentum, eps, channel
-    axis, and flags; then a list that gets the statistics and their count, and the kernels. With what
-    `normalize` adds, a count and the others with a share in the statistics, mean and variance are
-    moments.
+    axis, and flags; then a list that gets the statistics and their count, and the kernels. With
+    what `normalize` adds, a count and the others with a share in the statistics, mean and variance
+    are moments.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ from batchnorm.kernels.triton.operand import (
     is_like,
     served,
 )
-from batchnorm.kernels.triton.plans import MERGED, power_of_two
+from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
 
 Count = float | Tensor
 
@@ -148,8 +148,8 @@ def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> Non
     device().moments.finish_kernel[(-(-of.channels // MERGED),)](
         *(partial, *merge, of.channels, of.plan.splits),
         BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
+        BS=of.plan.merged_parts,
+        num_warps=MERGING_WARPS,
         **COMPILED,
     )
 
@@ -165,7 +165,7 @@ def _normalize(
     """y by the moments given, or by those that are to be merged."""
     device().forward.normalize_kernel[of.grid](
         *(*data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-        BS=of.parts,
+        BS=of.plan.parts,
         **of.constants,
         **_activation(flags),
     )
@@ -278,7 +278,7 @@ def backward(
             device().backward.gradient_kernel[of.grid](
                 *(*data, dx, *channel, sums if training else None, partial, *outs),
                 *(*counted, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-                BS=of.parts,
+                BS=of.plan.parts,
                 **of.constants,
                 **_activation(flags),
             )
@@ -338,8 +338,8 @@ def _finish_sums(
     device().backward.finish_sums_kernel[(-(-of.channels // MERGED),)](
         *(partial, sums, d_weight, d_bias, of.channels, of.plan.splits),
         BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
+        BS=of.plan.merged_parts,
+        num_warps=MERGING_WARPS,
         **COMPILED,
     )
 

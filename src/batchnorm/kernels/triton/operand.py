@@ -11,13 +11,11 @@ from torch import Tensor
 
 from batchnorm.kernels import calls
 from batchnorm.kernels.triton.plans import (
-    PARTS,
     STAGES,
     Arrangement,
     Plan,
     arrangement,
     plan,
-    power_of_two,
 )
 
 #: Elements; and numbers of a channel, which the kernels turn into float64.
@@ -89,11 +87,6 @@ class Operand:
     def constants(self) -> dict[str, Any]:
         """What the kernels are compiled for."""
         return constants(self.plan)
-
-    @property
-    def parts(self) -> int:
-        """How many parts are merged at once."""
-        return min(PARTS, power_of_two(self.plan.splits))
 
     def numbers(self, *shape: int) -> Tensor:
         """Room for float64 numbers on x's device."""

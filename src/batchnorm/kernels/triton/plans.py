@@ -10,32 +10,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-#: Elements of a tile, and threads' share of it: 16 elements are two or four loads of 16 bytes, and
-#: so are two accumulators of 16 registers each, which leaves a thread at 64 registers or fewer.
-TILE = 4096
-PER_THREAD = 16
+#: Bytes that a thread reads of a tile, four loads of 16; and of a tile, which 4 warps read. That
+#: keeps a thread at about 64 registers, and so 8 programs on a multiprocessor.
+PER_THREAD = 64
+TILE = 8192
 
-#: Elements of a channel that one program may hold at once: 32 registers a thread for x, as many for
-#: dy, with 8 warps.
+#: Elements of a channel that one program may hold at once: 8 warps with 32 registers a thread for
+#: x, as many for dy. Where there are programs enough, each takes more than a few elements.
 WHOLE = 8192
+MOST_WARPS = 8
+FEW = 1024
 
-#: Programs of a pass: 8 for each of 132 multiprocessors, one or two waves.
-PROGRAMS = 1056
+#: Programs of a pass: two waves of 8 on each of 132 multiprocessors.
+PROGRAMS = 2112
 
-#: The part of a pass's bytes that its partial sums may take, 24 bytes for each channel of a tile.
+#: One in so many of a pass's bytes may be a partial sum's: 24 for each channel of a program.
 OVERHEAD = 20
 PARTIAL = 24
 
-#: Values that each program of the second pass may merge by itself, rather than a launch of its own.
-FOLD = 64
+#: Bytes that all programs of a second pass may read from the second-level cache, each merging the
+#: parts for itself: about a microsecond's worth, and a launch that merges takes longer.
+FOLD = 4 << 20
 
-#: Channels of a program that merges alone: four float64 are a sector of memory, 32 bytes.
+#: How many numbers of each kind a program of the second pass reads at once to merge them: 8 of
+#: float64 a thread.
+PARTS = 1024
+
+#: Of a launch that only merges: channels of a program, four of which are a sector of memory; warps;
+#: and how many numbers of each kind it reads at once.
 MERGED = 4
-#: And how many parts it reads at once.
-PARTS = 256
+MERGING_WARPS = 8
+MERGED_PARTS = 4096
 
-#: Tiles whose loads are in flight: with 64 registers a thread 4 programs of 8 warps share a
-#: multiprocessor, whose loads of one tile each are 32 KB; at 3.35 TB/s and 700 ns 18 KB must be.
+#: Tiles of a program whose loads are in flight: one of 8 KB, with 8 programs on a multiprocessor,
+#: makes 64 KB; at 3.35 TB/s and 700 ns 18 KB must be.
 STAGES = 1
 
 #: A run of memory that is worth a request of its own: a line of the cache; and the least, a sector.
@@ -114,7 +122,18 @@ class Plan:
     @property
     def folds(self) -> bool:
         """Whether each program of the second pass merges the parts by itself."""
-        return self.splits * self.tile[1] <= FOLD
+        of_program = self.splits * self.tile[1] * PARTIAL
+        return self.blocks * self.splits * of_program <= FOLD
+
+    @property
+    def parts(self) -> int:
+        """How many parts a program of the second pass reads at once."""
+        return min(power_of_two(self.splits), max(1, PARTS // self.tile[1]))
+
+    @property
+    def merged_parts(self) -> int:
+        """How many parts a launch that only merges reads at once."""
+        return min(power_of_two(self.splits), MERGED_PARTS // MERGED)
 
 
 @lru_cache(maxsize=1024)
@@ -124,7 +143,7 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
     unit = min(inner & -inner, 16)
     tile = _whole_tile(outer, channels, inner, itemsize)
     if tile is not None:
-        warps = _warps(tile, 2 * PER_THREAD)
+        warps = _warps(tile, itemsize)
         return Plan(
             True, tile, unit, _wide(outer, channels, inner, tile), warps,
             _vectors(tile, itemsize, warps), -(-channels // tile[1]),
@@ -136,7 +155,7 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
     least = -(-OVERHEAD * PARTIAL * tile[1] // (_size(tile) * itemsize))
     per_split = max(least, -(-tiles * blocks // PROGRAMS))
     splits = -(-tiles // per_split)
-    warps = _warps(tile, PER_THREAD)
+    warps = _warps(tile, itemsize)
     return Plan(
         False, tile, unit, _wide(outer, channels, inner, tile), warps,
         _vectors(tile, itemsize, warps),
@@ -153,8 +172,8 @@ def _size(tile: tuple[int, int, int]) -> int:
     return tile[0] * tile[1] * tile[2]
 
 
-def _warps(tile: tuple[int, int, int], per_thread: int) -> int:
-    return max(1, min(8, _size(tile) // (32 * per_thread)))
+def _warps(tile: tuple[int, int, int], itemsize: int) -> int:
+    return max(1, min(MOST_WARPS, _size(tile) * itemsize // (32 * PER_THREAD)))
 
 
 def _vectors(tile: tuple[int, int, int], itemsize: int, warps: int) -> int:
@@ -175,6 +194,8 @@ def _whole_tile(
     block = min(power_of_two(channels), together)
     if rows * block * run > WHOLE:
         return None
+    while rows * block * run < FEW and channels // (2 * block) >= PROGRAMS // 4:
+        block *= 2
     return rows, block, run
 
 
@@ -184,15 +205,16 @@ def _tile(outer: int, channels: int, inner: int, itemsize: int) -> tuple[int, in
         block = min(power_of_two(channels), max(1, LINE // (itemsize * run)))
     else:
         run, block = _run(inner, itemsize), 1
-    rows = min(power_of_two(outer), max(1, TILE // (block * run)))
+    elements = TILE // itemsize
+    rows = min(power_of_two(outer), max(1, elements // (block * run)))
     # Few rows: more channels, for a quarter of a tile at least.
-    block = min(power_of_two(channels), max(block, TILE // 4 // (rows * run)))
+    block = min(power_of_two(channels), max(block, elements // 4 // (rows * run)))
     return rows, block, run
 
 
 def _run(inner: int, itemsize: int) -> int:
     """The longest part of a run of which few lanes are wasted."""
-    longest = min(power_of_two(inner), TILE)
+    longest = min(power_of_two(inner), TILE // itemsize)
     candidates = [longest]
     while candidates[-1] * itemsize > LINE:
         candidates.append(candidates[-1] // 2)
