@@ -335,7 +335,7 @@ def speed(*, rehearse: bool) -> list[Stage]:
         ([Job("ResNet-50", resnet, 45, measured)],),
         job("compile", 80, COLD, (COMPILE,), passes=training, fusions=widest),
         job("warm", 25, WARM, (EAGER, NATIVE)),
-        job("replayed", 20, REPLAYED, (EAGER, NATIVE)),
+        job("replayed", 20, REPLAYED, (EAGER, NATIVE), fusions=widest),
         job(
             "kernels",
             20,

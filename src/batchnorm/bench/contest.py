@@ -10,7 +10,7 @@ import torch
 
 from batchnorm.bench import device, measure
 from batchnorm.bench.measure import Call, Times
-from batchnorm.bench.peers import AUTOTUNE, COMPILE, COPY, Contender, Problem
+from batchnorm.bench.peers import COPY, OURS, Contender, Problem
 
 
 def prepare(contenders: list[Contender], problem: Problem, mode: str) -> list[str]:
@@ -22,9 +22,9 @@ def prepare(contenders: list[Contender], problem: Problem, mode: str) -> list[st
             with torch.set_grad_enabled(mode != "inference"), contender.settings():
                 contender.step(problem, mode)()
         except Exception as error:
-            if contender.name not in (COMPILE, AUTOTUNE):
+            if contender.name == OURS:
                 raise
-            # Whatever the compiler raises: the others can be measured without it.
+            # Whatever a compiler raises, for one: the others can be measured without it.
             contenders.remove(contender)
             first = next(iter(str(error).splitlines()), "")
             failures.append(f"Without {contender.name}, {type(error).__name__}: {first}")

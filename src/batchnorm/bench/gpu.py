@@ -177,14 +177,10 @@ def _worst(content: dict[str, Any]) -> Iterator[str]:
 
 def _resnet(content: dict[str, Any]) -> Iterator[str]:
     if found := content["resnet"]:
-        yield (
-            f"ResNet-50 step: {found['ours_ms']:.1f} ms, eager {found['eager_ms']:.1f} "
-            f"(not in place {found['plain_ms']:.1f}); peak {found['ours_peak'] / 1e9:.2f} GB, "
-        )
-        yield (
-            f"  eager {found['eager_peak'] / 1e9:.2f} GB (not in place "
-            f"{found['plain_peak'] / 1e9:.2f} GB)"
-        )
+        steps = [f"{found[f'{who}_ms']:.1f} ms" for who in ("ours", "eager", "plain")]
+        peaks = [f"{found[f'{who}_peak'] / 1e9:.2f} GB" for who in ("ours", "eager", "plain")]
+        for what, (ours, eager, plain) in (("step", steps), ("peak", peaks)):
+            yield f"ResNet-50 {what}: {ours}; eager {eager}, not in place {plain}"
 
 
 def _about(row: Row) -> str:

@@ -57,7 +57,7 @@ class Problem:
             return torch.randn(shape, generator=generator)
 
         def data(spread: float, offset: float) -> Tensor:
-            tensor = torch.randn(case.shape, generator=there, device=there.device)
+            tensor = torch.randn(case.shape, generator=there, device=device)
             tensor = tensor.mul_(spread).add_(offset).to(case.dtype)
             if case.channels_last:
                 tensor = tensor.to(memory_format=torch.channels_last)

@@ -79,6 +79,11 @@ def work(request: Request) -> Iterator[Event]:
         for fusion in request.fusions:
             try:
                 yield from _fusion(request, suite, case, fusion, problems)
+            except torch.OutOfMemoryError:
+                if not request.go_on:
+                    raise
+                yield _note(f"Not measured, for want of memory: {case.title}, {fusion}.")
+                device.release(request.device)
             except Exception as error:
                 if not request.go_on:
                     raise
