@@ -23,6 +23,7 @@ from batchnorm.kernels.triton.operand import (
     doubled,
     is_counter,
     is_like,
+    recorded,
     served,
 )
 from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
@@ -44,9 +45,29 @@ def device() -> Any:
 
 def on(x: Tensor) -> Any:
     """Triton launches on the current device: make it the tensor's."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or recorded(x) or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def ready(kernel: Any, x: Tensor) -> Any:
+    """What launches the kernel: itself, or what puts the launch into the graph that is recorded."""
+    return Recorded(kernel) if recorded(x) else kernel
+
+
+class Recorded:
+    """A kernel whose launches become nodes of a graph."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = torch.library.wrap_triton(kernel)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **constants: Any) -> None:
+            # The graph has no place for this option; without it Triton does the same.
+            del constants["enable_fp_fusion"]
+            self.kernel[grid](*args, **constants)
+
+        return launch
 
 
 def forward(
@@ -114,7 +135,7 @@ def _train(
         merge = statistics, count, *running, *doubled(momentum)
     if of.plan.whole:
         x, *others = data
-        device().forward.whole_kernel[(of.plan.blocks,)](
+        ready(device().forward.whole_kernel, of.x)[(of.plan.blocks,)](
             *(x, of.mask, *others, *merge, *doubled(eps), *of.shape),
             **of.constants,
             **_activation(flags),
@@ -138,14 +159,14 @@ def _activation(flags: int) -> dict[str, Any]:
 
 def _partial_moments(of: Operand) -> Tensor:
     partial = of.numbers(3, of.plan.splits, of.channels)
-    device().moments.moments_kernel[of.grid](
+    ready(device().moments.moments_kernel, of.x)[of.grid](
         of.x, of.mask, partial, *of.shape, *of.passes, **of.constants
     )
     return partial
 
 
 def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> None:
-    device().moments.finish_kernel[(-(-of.channels // MERGED),)](
+    ready(device().moments.finish_kernel, of.x)[(-(-of.channels // MERGED),)](
         *(partial, *merge, of.channels, of.plan.splits),
         BC=MERGED,
         BS=of.plan.merged_parts,
@@ -163,7 +184,7 @@ def _normalize(
     merge: tuple[Any, ...] = _NO_MERGE,
 ) -> None:
     """y by the moments given, or by those that are to be merged."""
-    device().forward.normalize_kernel[of.grid](
+    ready(device().forward.normalize_kernel, of.x)[of.grid](
         *(*data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
         BS=of.plan.parts,
         **of.constants,
@@ -247,13 +268,15 @@ def backward(
     if flags & calls.WANT_PARAMETERS:
         like = weight if weight is not None else bias
         dtype = torch.float64 if like is None else like.dtype
-        d_weight, d_bias = torch.empty(2, of.channels, dtype=dtype, device=x.device).unbind()
+        d_weight, d_bias = (
+            torch.empty(of.channels, dtype=dtype, device=x.device) for _ in range(2)
+        )
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask
     channel = statistics, weight, bias
     counted = _counted(count)
     with on(x):
         if of.plan.whole and sums is None:
-            device().backward.whole_gradient_kernel[(of.plan.blocks,)](
+            ready(device().backward.whole_gradient_kernel, of.x)[(of.plan.blocks,)](
                 *(*data, dx, dz, *channel, d_weight, d_bias, *counted, *doubled(eps), *of.shape),
                 TRAINING=training,
                 **of.constants,
@@ -275,7 +298,7 @@ def backward(
             # rounding has changed it.
             if dz is not None and (activation < 2 or dz.dtype is torch.float32):
                 data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
-            device().backward.gradient_kernel[of.grid](
+            ready(device().backward.gradient_kernel, of.x)[of.grid](
                 *(*data, dx, *channel, sums if training else None, partial, *outs),
                 *(*counted, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
                 BS=of.plan.parts,
@@ -320,7 +343,7 @@ def _partial_sums(
     flags: int,
 ) -> Tensor:
     partial = of.numbers(2, of.plan.splits, of.channels)
-    device().backward.sums_kernel[of.grid](
+    ready(device().backward.sums_kernel, of.x)[of.grid](
         *(*data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes),
         **of.constants,
         **_activation(flags),
@@ -335,7 +358,7 @@ def _finish_sums(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    device().backward.finish_sums_kernel[(-(-of.channels // MERGED),)](
+    ready(device().backward.finish_sums_kernel, of.x)[(-(-of.channels // MERGED),)](
         *(partial, sums, d_weight, d_bias, of.channels, of.plan.splits),
         BC=MERGED,
         BS=of.plan.merged_parts,

@@ -129,6 +129,11 @@ def doubled(value: float) -> tuple[float, float]:
     return high, value - high
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether the tensor has no values, but stands for those that a graph will be given."""
+    return type(x) not in calls.PLAIN
+
+
 def served(
     x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, channel_dim: int, flags: int
 ) -> bool:

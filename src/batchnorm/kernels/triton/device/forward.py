@@ -151,9 +151,11 @@ def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, 
     d = tl.where(counted, apart - along(shift.to(tl.float32)), 0.0)
     m2 = total(d * d * weights, RO, RI)
     if tl.max(tl.where(finite(m2), 0, 1), axis=0) > 0:
-        # NaN, infinity, or squares beyond float32: once more, small enough.
-        d *= SMALL
-        m2 = total(d * d * weights, RO, RI) / (SMALL * SMALL)
+        # NaN, infinity, or squares beyond float32: those channels once more, small enough.
+        scale = tl.where(finite(m2), 1.0, SMALL)
+        d *= along(scale)
+        unit = 1.0 / scale.to(tl.float64)
+        m2 = total(d * d * weights, RO, RI) * unit * unit
     return v, at, inside, n, pivot.to(tl.float64) + shift, m2
 
 

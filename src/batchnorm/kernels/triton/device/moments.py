@@ -80,7 +80,7 @@ def sums_of(
         at = (first_o * channels + first_c) * inner + first_i + offsets
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if mask is None:
-            d = tl.where(inside, v * scale - along(pivot * scale), 0.0)
+            d = tl.where(inside, v * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d, RO, RI)
             square_sum += within_threads(d * d, RO, RI)
         else:
@@ -89,7 +89,7 @@ def sums_of(
             if seen == 0:
                 seen = tl.sum((weights > 0).to(tl.float32))
                 pivot = pivot_of(v, counted, seen, RO, RI)
-            d = tl.where(counted, v * scale - along(pivot * scale), 0.0)
+            d = tl.where(counted, v * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d * weights, RO, RI)
             square_sum += within_threads(d * d * weights, RO, RI)
             weight_sum += weights
@@ -125,14 +125,14 @@ def moments_of(
     Of n elements, t of them in the pivot's tile, (pivot − mean)² is at most n/t · var; so what
     cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
     """
-    scale = tl.full([], 1.0, tl.float32)
+    scale = tl.full([BC], 1.0, tl.float32)
     d_sum, squares, pivot, n = sums_of(
         x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
         BO, BC, BI, RO, RI, WIDE, STAGES,
     )  # fmt: skip
     if tl.max(tl.where(finite(squares), 0, 1), axis=0) > 0:
-        # NaN, infinity, or squares beyond float32: once more, small enough.
-        scale *= SMALL
+        # NaN, infinity, or squares beyond float32: those channels once more, small enough.
+        scale = tl.where(finite(squares), 1.0, SMALL)
         d_sum, squares, pivot, n = sums_of(
             x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
             BO, BC, BI, RO, RI, WIDE, STAGES,
