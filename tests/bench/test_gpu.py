@@ -157,6 +157,10 @@ def test_the_page_has_every_case_with_its_state_and_who_ran():
     ]
     text = gpu_page.page(summarised(events))
     assert text.startswith("# Batch norm on a GPU: NVIDIA H100 80GB HBM3\n")
+    assert "our own kernels ran in 1 of 1 profiled calls" in text
+    events[-1]["kernels"][0]["name"] = "void at::native::batch_norm_kernel<float>(float*)"
+    assert "our own kernels ran in 0 of 1 profiled calls" in gpu_page.page(summarised(events))
+    events[-1]["kernels"][0]["name"] = "moments_kernel"
     cold, warm = text.partition("## Every case: cold L2")[2].split("## Every case: warm L2")
     assert f"| {case.title} | forward | bn | 1000.0 | 400.0 | 75% | 3.00 (3.00 to 3.00) |" in cold
     assert "1.50 (1.50 to 1.50)" in cold

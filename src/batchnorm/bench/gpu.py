@@ -13,7 +13,7 @@ from batchnorm.bench import results, targets
 from batchnorm.bench.cases import FUSIONS, PASSES
 from batchnorm.bench.estimate import geometric_mean
 from batchnorm.bench.merge import Row
-from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, GPU_PEERS, NATIVE
+from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, GPU_PEERS, NATIVE, OURS
 from batchnorm.bench.targets import deciding, two_pass
 
 SCHEMA = 1
@@ -111,6 +111,10 @@ def _cut(line: str) -> str:
 
 
 def _place(content: dict[str, Any]) -> Iterator[str]:
+    """Where, how fast that is, and whether our kernels served: Triton names its kernels by words.
+
+    torch's have names of C++.
+    """
     place = content["environment"]
     gpu = place.get("gpu") or {}
     if content["rehearsal"]:
@@ -121,6 +125,9 @@ def _place(content: dict[str, Any]) -> Iterator[str]:
     )
     if speed := content["copy_speed"]:
         yield f"copy: {speed['bytes_per_second'] / 1e12:.2f} TB/s ({speed['case']})"
+    if ours := [ran for ran in content["profiles"] if ran["contender"] == OURS]:
+        own = sum(any(kernel["name"].isidentifier() for kernel in ran["kernels"]) for ran in ours)
+        yield f"our own kernels ran in {own} of {len(ours)} profiled calls"
 
 
 def _parts(content: dict[str, Any]) -> Iterator[str]:
