@@ -318,6 +318,8 @@ class BatchNorm(Controlled, _BatchNorm):
         )
         if refused is not None:
             self.warn_nonfinite(refused)
+        if not torch.compiler.is_compiling() and self._watched is not None:
+            self._watched(self, x, bias, residual, y)
         return y
 
     def warn_nonfinite(self, refused: Tensor, name: str | None = None) -> None:
