@@ -15,7 +15,7 @@ from torch.nn.functional import leaky_relu
 
 from batchnorm.autograd import EagerBatchNormFunction
 from batchnorm.autograd_native import NativeFunction
-from batchnorm.kernels import native, select
+from batchnorm.kernels import aten, native, select
 from batchnorm.kernels.reference import LEAKY_SLOPE
 
 Make = Callable[[Tensor], Tensor]
@@ -38,12 +38,12 @@ class Call(NamedTuple):
     """A layer's call, as its node tells it: what it normalised by, what comes after.
 
     Attributes:
-        native: whether the C++ kernels served it.
+        backend: whose kernels served it, by the name that `backends` has for them.
         mean: of each channel, or of each group's channels one after the other.
         var: biased variance, likewise.
-        weight: γ or None, a copy.
-        bias: β or None, a copy.
-        count: weight behind the statistics, or None where they are constants.
+        weight: γ or None, a copy: an optimizer may change it before the backward pass.
+        bias: β or None, likewise.
+        n: weight behind the statistics, or None where they are constants.
         eps: added to the variance.
         activation: the fused one.
         channel_dim: the axis of the channels.
@@ -51,12 +51,12 @@ class Call(NamedTuple):
         masked: whether there was a mask.
     """
 
-    native: bool
+    backend: str
     mean: Tensor
     var: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    count: float | Tensor | None
+    n: float | Tensor | None
     eps: float
     activation: str | None
     channel_dim: int
@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
 
 def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
-    """What the node of a layer's output says; None: another operation made it, or torch's kernels.
+    """What the node of a layer's output says; None: another operation made it.
 
     `bias` is the layer's β, which not every node keeps.
     """
@@ -74,22 +74,21 @@ def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
     if kind is NativeFunction:
         x, weight, _, _, mask, statistics = node.saved_tensors
         count, eps, channel_dim, _ = node.options
-        group, channels = node.flags >> native.GROUP_BIT, x.shape[channel_dim]
-        if statistics.shape[1] != channels:
-            statistics = statistics[:, :-channels]  # without those of all groups together
+        if statistics.shape[1] != x.shape[channel_dim]:  # those of all groups stand behind
+            statistics = statistics[:, : -x.shape[channel_dim]]
+        backend, group = "native", node.flags >> native.GROUP_BIT
         activation = native.ACTIVATION_NAMES[node.flags & native.ACTIVATION]
-        count = count if node.flags & native.TRAINING else None
-        return Call(
-            *(True, *statistics, _copy(weight), _copy(bias), count, eps),
-            *(activation, channel_dim, group, mask is not None),
-        )
-    if kind is EagerBatchNormFunction and node.backend == "reference":
+        n = count if node.flags & native.TRAINING else None
+        mean, var = statistics
+    elif kind is EagerBatchNormFunction:
         _, weight, _, mask, count, mean, var, _ = node.saved_tensors
-        return Call(
-            *(False, mean, var, _copy(weight), _copy(bias), count, node.eps),
-            *(node.activation, node.channel_dim, 0, mask is not None),
-        )
-    return None
+        backend, group, n = node.backend, 0, count
+        eps, activation, channel_dim = node.eps, node.activation, node.channel_dim
+    else:
+        return None
+    weight, bias = (None if v is None else v.detach().clone() for v in (weight, bias))
+    masked = mask is not None
+    return Call(backend, mean, var, weight, bias, n, eps, activation, channel_dim, group, masked)
 
 
 def output_again(call: Call) -> Make:
@@ -116,7 +115,7 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
 
     Which channels those are is read back from a device once a call.
     """
-    if call.activation == "relu" or call.count is None or call.masked or call.group:
+    if call.activation == "relu" or call.n is None or call.masked or call.group:
         return None
     wide = call.mean.dtype
     one = torch.ones_like(call.mean)
@@ -130,7 +129,7 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
     kept = ~(  # not the reverse: NaN is kept
         (beta.abs() / gamma.abs() + call.mean.abs() / sigma <= LIMIT)
         & (gamma.abs() >= least)
-        & (gamma.abs() * call.count**0.5 + beta.abs() < limits.max)
+        & (gamma.abs() * call.n**0.5 + beta.abs() < limits.max)
         & (sigma / gamma.abs() < limits.max)
     )
     where = kept.nonzero().flatten()
@@ -141,6 +140,7 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
     narrow = x.dtype if x.dtype is torch.float64 else torch.float32
     scale, beta = torch.where(kept, one, sigma / gamma), torch.where(kept, 0.0, beta)
     back = call._replace(
+        backend="native" if call.backend == "native" else "reference",
         mean=beta,
         var=one,
         weight=scale.to(narrow),
@@ -159,15 +159,26 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
 
 
 def _normalize(x: Tensor, call: Call) -> Tensor:
-    statistics = call.mean.contiguous(), call.var.contiguous()
-    if not call.native:
+    mean, var = call.mean.contiguous(), call.var.contiguous()
+    if call.backend == "aten":
+        # Its training and its evaluation may differ in the last bit.
+        z = (
+            aten.evaluate(x, mean, var, call.weight, call.bias, call.eps)
+            if call.n is None
+            else aten.train(x, call.weight, call.bias, call.eps)[0]
+        )
+        return aten.finish(z, None, call.activation)
+    if call.backend == "reference":
         return select.normalize(
-            *(x, *statistics, call.weight, call.bias, None),
-            **{"eps": call.eps, "activation": call.activation, "channel_dim": call.channel_dim},
+            *(x, mean, var, call.weight, call.bias, None),
+            eps=call.eps,
+            activation=call.activation,
+            channel_dim=call.channel_dim,
         )
     flags = native.ACTIVATIONS[call.activation] | call.group << native.GROUP_BIT
+    y: Tensor
     y, *_, refused = native.forward(
-        *(x, call.weight, call.bias, None, None, *statistics, None, 0.0),
+        *(x, call.weight, call.bias, None, None, mean, var, None, 0.0),
         *(call.eps, call.channel_dim, flags),
     )
     if refused == native.NOT_SERVED:
@@ -176,8 +187,3 @@ def _normalize(x: Tensor, call: Call) -> Tensor:
             "hook changed what the graph keeps?"
         )
     return y
-
-
-def _copy(parameter: Tensor | None) -> Tensor | None:
-    """An optimizer may change them before the backward pass."""
-    return None if parameter is None else parameter.detach().clone()

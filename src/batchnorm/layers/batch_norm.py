@@ -293,12 +293,13 @@ class BatchNorm(Controlled, _BatchNorm):
         running = mean, var, count
         population = sink = None
         if training:
-            if (
-                self.virtual_batch_size is not None
+            population = (
+                self._population(running, bank)
+                if self.virtual_batch_size is not None
                 or self.renorm is not None
                 or self.process_group is not None
-            ):
-                population = self._population(running, bank)
+                else None
+            )
             if self._together is not None:
                 meet = self._together(self, bank)
                 if meet is not None:

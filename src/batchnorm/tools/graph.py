@@ -37,6 +37,9 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
 }
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: Under this name a layer's node holds its tie.
+_TIE = "_batchnorm_tie"
+
 _UNSAVED = "no other operation has saved its output"
 
 
@@ -189,7 +192,7 @@ class Keeper:
             tie.invert = partial(input_again, call)
         else:
             tie.make = output_again(call)
-        y.grad_fn.batchnorm_tie = tie  # type: ignore[union-attr]
+        setattr(y.grad_fn, _TIE, tie)
         self.ties[tie.storage.cdata] = tie
         self.reasons.setdefault(name, _UNSAVED)
         kept = self.kept.get(_key(y))
@@ -216,7 +219,7 @@ class Keeper:
         node: Any = tensor.grad_fn
         after = None if node is None else _AFTER.get(node.name())
         before = None if after is None else node.next_functions[0][0]
-        tie: _Tie | None = getattr(before, "batchnorm_tie", None)
+        tie: _Tie | None = getattr(before, _TIE, None)
         source = None if tie is None else tie.source()
         if (
             after is None
@@ -281,7 +284,7 @@ def unpack(kept: Any) -> Tensor:
     return kept.get() if isinstance(kept, _Kept) else kept
 
 
-def _geometry(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 

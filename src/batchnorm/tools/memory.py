@@ -33,10 +33,10 @@ class MemorySavings:
         return sum(self.layers.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.bytes / 2**20:.1f} MiB not kept"]
+        lines = [f"{self.bytes:,} bytes not kept"]
         for name, number in self.layers.items():
             reason = self.reasons.get(name)
-            lines.append(f"{name}: {number / 2**20:.1f} MiB{f' ({reason})' if reason else ''}")
+            lines.append(f"  {name}: {number:,}" + (f" ({reason})" if reason else ""))
         return "\n".join(lines)
 
 
