@@ -126,18 +126,18 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
     slope = 1.0 if call.activation is None else LEAKY_SLOPE
     # float16 loses digits below its `tiny`, which usual values come near; no device drops them all.
     least = max(LEAST_GAMMA, 2 * limits.tiny / slope if y.dtype is torch.float16 else 0.0)
+    narrow = x.dtype if x.dtype is torch.float64 else torch.float32  # of the scale below
     kept = ~(  # not the reverse: NaN is kept
         (beta.abs() / gamma.abs() + call.mean.abs() / sigma <= LIMIT)
         & (gamma.abs() >= least)
         & (gamma.abs() * call.n**0.5 + beta.abs() < limits.max)
-        & (sigma / gamma.abs() < limits.max)
+        & (sigma / gamma.abs() < torch.finfo(narrow).max)
     )
     where = kept.nonzero().flatten()
     if len(where) == len(kept):
         return None
     values = x.detach().index_select(call.channel_dim, where)
     # The same kernels once more: mean β, variance 1, and σ/γ and the mean in place of γ and β.
-    narrow = x.dtype if x.dtype is torch.float64 else torch.float32
     scale, beta = torch.where(kept, one, sigma / gamma), torch.where(kept, 0.0, beta)
     back = call._replace(
         backend="native" if call.backend == "native" else "reference",

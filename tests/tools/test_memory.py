@@ -71,7 +71,7 @@ def same(a, b):
 
 
 FUSED = {
-    "none": lambda: convolutions(),
+    "none": convolutions,
     "relu": lambda: convolutions(activation="relu"),
     "leaky": lambda: convolutions(activation="leaky_relu"),
     "no affine": lambda: convolutions(affine=False),
@@ -258,7 +258,7 @@ def test_an_output_that_is_changed_in_place(keep, change):
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("activate", [torch.relu, torch.nn.functional.silu])
+@pytest.mark.parametrize("activate", [torch.relu, torch.relu_, torch.nn.functional.silu])
 def test_an_activation_of_what_was_changed_behind_autograd(activate):
     bn, linear = BatchNorm(4), nn.Linear(4, 3)
     x, dy = torch.randn(8, 4, requires_grad=True), torch.randn(8, 3)
@@ -273,6 +273,50 @@ def test_an_activation_of_what_was_changed_behind_autograd(activate):
         results.append(torch.autograd.grad(z, (x, linear.weight), dy))
     assert same(*results)
     assert saved.bytes == 0
+
+
+def test_an_activation_of_a_part_in_place():
+    bn, linear = BatchNorm(4), nn.Linear(4, 3)
+    x, dy = torch.randn(8, 4, requires_grad=True), torch.randn(8, 3)
+    results = []
+    for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+        with around as saved:
+            y = bn(x)
+            y[:, :2].relu_()
+            z = linear(y)
+        results.append(torch.autograd.grad(z, (x, linear.weight), dy))
+    assert same(*results)
+    assert saved.bytes == 0
+
+
+def test_an_activation_within_another_block():
+    bn, other, linear = nn.Sequential(BatchNorm(4)), nn.Sequential(BatchNorm(4)), nn.Linear(4, 3)
+    x, dy = torch.randn(8, 4, requires_grad=True), torch.randn(8, 3)
+    expected = torch.autograd.grad(linear(bn(x).relu()), (x, linear.weight), dy)
+    with save_memory(bn) as outer:
+        y = bn(x)
+        with save_memory(other) as inner:
+            z = linear(y.relu())
+    assert same(torch.autograd.grad(z, (x, linear.weight), dy), expected)
+    assert (outer.bytes, inner.bytes) == (0, 0)
+
+
+@BOTH
+def test_layers_one_after_the_other(keep):
+    model = nn.Sequential(BatchNorm(4), BatchNorm(4), BatchNorm(4), nn.Linear(4, 3))
+    x = torch.randn(8, 4)
+    expected, _ = step(model, x)
+    found, saved = step(model, x, keep)
+    # Every other tensor: none is made from what is made itself.
+    if keep == "input":
+        assert same(found, expected)
+        assert saved.layers == {"0": x.nbytes, "1": 0, "2": x.nbytes}
+        assert "again itself" in saved.reasons["1"]
+    else:
+        assert saved.layers == {"0": x.nbytes, "1": 0, "2": x.nbytes}
+        assert "kept anyway" in saved.reasons["1"]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_saved_and_then_changed_is_told_as_without():

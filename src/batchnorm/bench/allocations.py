@@ -42,7 +42,7 @@ def allocations(call: Callable[[], object], device: str = "cpu") -> Allocations:
     del result
     held = peak = 0
     # The profiler's own summary ascribes most of them to operations; these are in time's order.
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
