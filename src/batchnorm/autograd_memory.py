@@ -18,8 +18,8 @@ from batchnorm.autograd_native import NativeFunction
 from batchnorm.kernels import aten, native, select
 from batchnorm.kernels.reference import LEAKY_SLOPE
 
-Make = Callable[[Tensor], Tensor]
-"""One of a layer's two tensors, made from the other."""
+Make = Callable[..., Tensor]
+"""One of a layer's two tensors, made from the other (and the output from a residual, too)."""
 
 #: An input is made again only in channels where |β/γ| + |mean|/σ is at most this: there x̂ gets an
 #: error of so many roundings of a value of size 1, which is three bits of what the dtype holds. A
@@ -92,11 +92,11 @@ def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
 
 
 def output_again(call: Call) -> Make:
-    """y from x: the very same bits, by the kernels and the statistics that made it first."""
+    """y from x and the residual: the very same bits, by the kernels that made it first."""
 
     @torch.no_grad()
-    def make(x: Tensor) -> Tensor:
-        return _normalize(x, call)
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _normalize(x, residual, call)
 
     return make
 
@@ -152,13 +152,13 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
     @torch.no_grad()
     def make(y: Tensor) -> Tensor:
         z = y if call.activation is None else leaky_relu(y, 1 / slope)
-        made = _normalize(z, back)
+        made = _normalize(z, None, back)
         return made.index_copy_(call.channel_dim, where, values) if len(where) else made
 
     return make, values.nbytes + where.nbytes
 
 
-def _normalize(x: Tensor, call: Call) -> Tensor:
+def _normalize(x: Tensor, residual: Tensor | None, call: Call) -> Tensor:
     mean, var = call.mean.contiguous(), call.var.contiguous()
     if call.backend == "aten":
         # Its training and its evaluation may differ in the last bit.
@@ -167,10 +167,10 @@ def _normalize(x: Tensor, call: Call) -> Tensor:
             if call.n is None
             else aten.train(x, call.weight, call.bias, call.eps)[0]
         )
-        return aten.finish(z, None, call.activation)
+        return aten.finish(z, residual, call.activation)
     if call.backend == "reference":
         return select.normalize(
-            *(x, mean, var, call.weight, call.bias, None),
+            *(x, mean, var, call.weight, call.bias, residual),
             eps=call.eps,
             activation=call.activation,
             channel_dim=call.channel_dim,
@@ -178,7 +178,7 @@ def _normalize(x: Tensor, call: Call) -> Tensor:
     flags = native.ACTIVATIONS[call.activation] | call.group << native.GROUP_BIT
     y: Tensor
     y, *_, refused = native.forward(
-        *(x, call.weight, call.bias, None, None, mean, var, None, 0.0),
+        *(x, call.weight, call.bias, residual, None, mean, var, None, 0.0),
         *(call.eps, call.channel_dim, flags),
     )
     if refused == native.NOT_SERVED:

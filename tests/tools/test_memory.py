@@ -86,10 +86,14 @@ AFTER = {
     "ReLU": nn.ReLU(),
     "ReLU in place": nn.ReLU(inplace=True),
     "LeakyReLU": nn.LeakyReLU(0.2),
+    "LeakyReLU in place": nn.LeakyReLU(0.2, inplace=True),
     "SiLU": nn.SiLU(),
+    "SiLU in place": nn.SiLU(inplace=True),
     "GELU": nn.GELU(),
     "GELU tanh": nn.GELU("tanh"),
     "ReLU6": nn.ReLU6(),
+    "ReLU6 in place": nn.ReLU6(inplace=True),
+    "Hardswish": nn.Hardswish(),
     "Hardtanh": nn.Hardtanh(-0.5, 2.0),
 }
 #: Bytes of a layer's output below.
@@ -115,6 +119,12 @@ def test_the_output_again_is_the_same_bits(name):
         assert saved.reasons == {}
 
 
+def kept_by(activation):
+    """What torch's node of an activation keeps."""
+    y = activation(torch.randn(2, requires_grad=True) * 1)
+    return [name.removeprefix("_saved_") for name in dir(y.grad_fn) if name.startswith("_saved_")]
+
+
 @pytest.mark.parametrize("after", AFTER.values(), ids=AFTER)
 def test_an_activation_that_follows_is_made_again_too(after):
     model, x = convolutions(after), torch.randn(6, 8, 9, 7)
@@ -122,7 +132,7 @@ def test_an_activation_that_follows_is_made_again_too(after):
     found, saved = step(model, x, "input")
     assert same(found, expected)
     # ReLU keeps its result, the others what comes in, which is one more.
-    kept = 1 if isinstance(after, nn.ReLU) else 2
+    kept = 1 if "result" in kept_by(after) else 2
     assert saved.layers == {"1": kept * SIZE, "4": kept * SIZE, "7": kept * SIZE}
 
 
@@ -289,6 +299,86 @@ def test_an_activation_of_a_part_in_place():
     assert saved.bytes == 0
 
 
+def test_a_copy_in_another_layout():
+    bn = BatchNorm(4)
+    x, dy = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randn(2, 4, 3, 5)
+    results = []
+    for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+        with around as saved:
+            z = bn(x).clone(memory_format=torch.channels_last).sigmoid_().exp()
+        results.append(torch.autograd.grad(z, x, dy))
+    assert same(*results)
+    assert saved.bytes == 0
+
+
+class Blocks(nn.Module):
+    """Residual blocks; the first has a layer on the way around, too."""
+
+    def __init__(self, activation="relu", around="convolution", number=4):
+        super().__init__()
+        self.start, self.end = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(number))
+        self.norms = nn.ModuleList(BatchNorm(8, activation=activation) for _ in range(number))
+        self.way, self.down, self.around = nn.Conv2d(8, 8, 1), BatchNorm(8), around
+
+    def forward(self, x):
+        x = self.start(x)
+        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            residual = self.down(self.way(x)) if i == 0 and self.around else x
+            x = norm(convolution(x), residual=residual)
+        return self.end(x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", None])
+@pytest.mark.parametrize("around", [True, False])
+def test_residuals(activation, around):
+    model, x = wild(Blocks(activation, around)), torch.randn(6, 3, 9, 7)
+    expected, _ = step(model, x)
+    found, saved = step(model, x, "input")
+    assert same(found, expected)
+    # Every other block's output is made again, of the one before it, which is kept; the first one,
+    # of the layer's on the way around, which is made for that.
+    assert [saved.layers[f"norms.{i}"] for i in range(4)] == [SIZE, 0, SIZE, 0]
+    assert set(saved.reasons) >= {"norms.1", "norms.3"}
+    assert "again itself" in saved.reasons["norms.1"]
+    assert saved.layers["down"] == 0
+    _, saved = step(model, x, "output")
+    assert saved.layers["norms.0"] == 0
+    assert "residual" in saved.reasons["norms.0"]
+
+
+def test_residuals_by_the_allocator():
+    model, x = Blocks(), torch.randn(16, 3, 16, 16)
+
+    def forward():
+        with save_memory(model) as saved:
+            loss = model(x).square().mean()
+        assert saved.bytes == 2 * 16 * 8 * 16 * 16 * 4
+        return loss
+
+    usual = allocations(lambda: model(x).square().mean())
+    found = allocations(forward)
+    size = 2 * 16 * 8 * 16 * 16 * 4
+    assert usual.held - size <= found.held < usual.held - size + 5 * 8 * 64
+
+
+def test_a_residual_of_another_dtype():
+    class Wider(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.a, self.b = BatchNorm(4, activation="relu"), *(nn.Linear(4, 4),) * 2
+
+        def forward(self, x):
+            r = self.a(x)
+            return r.square() + self.b(self.bn(r.bfloat16(), residual=r))
+
+    model, x = Wider(), torch.randn(8, 4)
+    expected, _ = step(model, x)
+    found, saved = step(model, x, "input")
+    assert same(found, expected)
+    assert saved.bytes == x.nbytes
+
+
 def test_an_activation_within_another_block():
     bn, other, linear = nn.Sequential(BatchNorm(4)), nn.Sequential(BatchNorm(4)), nn.Linear(4, 3)
     x, dy = torch.randn(8, 4, requires_grad=True), torch.randn(8, 3)
@@ -432,7 +522,7 @@ def test_what_saves_nothing_says_so_and_works_as_usual(keep):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.residual = BatchNorm(4, activation="relu")
+            self.residual = BatchNorm(4, activation="leaky_relu")
             self.renorm = BatchNorm(4, renorm=Renorm(2.0, 1.0))
             self.function = BatchNorm(4, activation=torch.tanh)
             self.chained = BatchNorm(4)
@@ -440,7 +530,7 @@ def test_what_saves_nothing_says_so_and_works_as_usual(keep):
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x):
-            y = self.linear(self.residual(x, residual=x))
+            y = self.linear(self.residual(x, residual=x + 1))
             y = self.linear(self.renorm(y))
             y = self.linear(self.function(y))
             return self.last(self.chained(self.linear(y))) + 1

@@ -29,11 +29,16 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
     "LeakyReluBackward0": lambda node: partial(
         F.leaky_relu, negative_slope=node._saved_negative_slope
     ),
+    "LeakyReluBackward1": lambda node: partial(  # in place
+        F.leaky_relu, negative_slope=node._saved_negative_slope
+    ),
     "SiluBackward0": lambda _: F.silu,
     "GeluBackward0": lambda node: partial(F.gelu, approximate=node._saved_approximate),
     "HardtanhBackward0": lambda node: partial(
         F.hardtanh, min_val=node._saved_min_val, max_val=node._saved_max_val
     ),
+    "HardswishBackward0": lambda _: F.hardswish,
+    "CloneBackward0": lambda _: lambda y: y,  # some save one where they work in place
 }
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -46,13 +51,15 @@ _UNSAVED = "no other operation has saved its output"
 class _Recipe:
     """A tensor that is made when the backward pass asks for it, once for all who will ask."""
 
-    def __init__(self, make: Make, source: _Kept, name: str, number: int) -> None:
-        self.make, self.source, self.name, self.bytes = make, source, name, number
+    def __init__(self, make: Make, sources: list[_Kept | _Recipe], name: str, number: int) -> None:
+        self.make, self.sources, self.name, self.bytes = make, sources, name, number
         self.askers = self.left = 0
         self.made: Tensor | None = None
 
     def get(self) -> Tensor:
-        made = self.make(self.source.get()) if self.made is None else self.made
+        made = self.made
+        if made is None:
+            made = self.make(*(source.get() for source in self.sources))
         # Who keeps the graph will ask again.
         self.left = (self.left or self.askers) - 1
         self.made = made if self.left > 0 else None
@@ -109,6 +116,8 @@ class _Tie:
         self.storage, self.version = StorageWeakRef(y.untyped_storage()), y._version
         self.geometry, self.dtype = _geometry(y), y.dtype
         self.recipe: Callable[[], _Recipe | None] = lambda: None
+        #: What was added, if anything: itself, or what it is tied by.
+        self.residual: Callable[[], _Kept | _Tie | None] | None = None
         #: How to make y, or where to ask how to make the input.
         self.make: Make | None = None
         self.invert: Callable[[Tensor, Tensor], tuple[Make, int] | None] | None = None
@@ -173,15 +182,16 @@ class Keeper:
             return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         source = self.kept.get(_key(x)) if type(x) in _PLAIN else None
+        added = None if residual is None else self._residual(residual)
         reason, call = None, None
         if hooks is None or hooks[0] is not self:
             reason = "other hooks see what its call saves (checkpointing has some)"
-        elif residual is not None:
-            reason = "a residual is added to its output"
         elif layer.renorm is not None and layer.training:
             reason = "it has renorm"
         elif source is not None and source.recipe is not None:
             reason = "its input is made again itself"
+        elif residual is not None and added is None:
+            reason = "nothing keeps the residual, or it is made again itself"
         elif source is None or (call := call_of(y, bias)) is None:
             reason = "its output does not come from its kernels, but from a function after them"
         if reason is not None or source is None or call is None:
@@ -191,7 +201,7 @@ class Keeper:
         if self.inexact:
             tie.invert = partial(input_again, call)
         else:
-            tie.make = output_again(call)
+            tie.make, tie.residual = output_again(call), added
         setattr(y.grad_fn, _TIE, tie)
         self.ties[tie.storage.cdata] = tie
         self.reasons.setdefault(name, _UNSAVED)
@@ -205,6 +215,19 @@ class Keeper:
         if kept is None:
             kept = self.kept[key] = _Kept(tensor)
         return kept
+
+    def _residual(self, residual: Tensor) -> Callable[[], _Kept | _Tie | None] | None:
+        """Where a residual is to be had again without keeping it for that; None: nowhere."""
+        if self.inexact or type(residual) not in _PLAIN:
+            return None
+        kept = self.kept.get(_key(residual))
+        if kept is not None:
+            return None if kept.recipe is not None else weakref.ref(kept)
+        tie = self.ties.get(residual.untyped_storage()._cdata)
+        # Not through more than one: else what one of many blocks asks for makes all before it.
+        alone = tie is not None and tie.of(residual) and tie.residual is None
+        whole = tie is not None and _geometry(residual) == tie.geometry
+        return weakref.ref(tie) if tie is not None and alone and whole else None
 
     def _tie_of(self, tensor: Tensor) -> _Tie | None:
         """What a tensor is tied by, if it can be made from a layer's input or the reverse."""
@@ -227,6 +250,7 @@ class Keeper:
             or tie.make is None
             or source is None
             or self.ties.get(tie.storage.cdata) is not tie  # another block's
+            or _geometry(tensor) != tie.geometry
         ):
             return None
         y = tie.y()
@@ -238,7 +262,7 @@ class Keeper:
             return None
         activate, make = after(node), tie.make
         own = _Tie(tie.name, source, tensor)
-        own.make = lambda x: activate(make(x))
+        own.make, own.residual = lambda *sources: activate(make(*sources)), tie.residual
         tie.after.append(own)
         self.ties[own.storage.cdata] = own
         return own
@@ -251,9 +275,9 @@ class Keeper:
         if tie.make is not None:
             recipe = tie.recipe()
             if recipe is None:
-                number = tie.dtype.itemsize * tie.geometry[0].numel()
-                recipe = _Recipe(tie.make, source, tie.name, number)
-                tie.recipe = weakref.ref(recipe)
+                recipe = self._recipe(tie)
+                if recipe is None:
+                    return
                 self._count(recipe)
             kept.drop(recipe, _geometry(tensor))
         elif tie.invert is not None and source.tensor is not None:
@@ -268,9 +292,27 @@ class Keeper:
             make, besides = found
             kept = self._keep(y)
             kept.is_source = True
-            recipe = _Recipe(make, kept, tie.name, source.tensor.nbytes - besides)
+            recipe = _Recipe(make, [kept], tie.name, source.tensor.nbytes - besides)
             source.drop(recipe)
             self._count(recipe)
+
+    def _recipe(self, tie: _Tie) -> _Recipe | None:
+        """How to make an output; None: what it is made of has gone."""
+        source: _Kept | None = tie.source()
+        if source is None or tie.make is None:
+            return None
+        sources: list[_Kept | _Recipe] = [source]
+        if tie.residual is not None:
+            added = tie.residual()
+            residual = added.recipe() or self._recipe(added) if isinstance(added, _Tie) else added
+            if residual is None:
+                return None
+            residual.askers += 1
+            sources.append(residual)
+        number = tie.dtype.itemsize * tie.geometry[0].numel()
+        recipe = _Recipe(tie.make, sources, tie.name, number)
+        tie.recipe = weakref.ref(recipe)
+        return recipe
 
     def _count(self, recipe: _Recipe) -> None:
         self.layers[recipe.name] += recipe.bytes
