@@ -46,26 +46,23 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
 
     Usually they keep both: the layer saves its input, and what comes next, a convolution, saves its
     output. Values, running statistics and what is differentiated are as without; only the forward
-    pass needs to be within. `backward` may be outside, may be called twice, and differentiated.
+    pass needs to be within. `backward` may come later, twice, and be differentiated itself.
 
-    `keep="input"`: the output is made again in the backward pass, the very same bits, so gradients
-    are the very same. With whatever γ and activation: nothing is inverted. An activation that
-    follows as an operation or a module of its own (ReLU, leaky ReLU, SiLU, GELU, ReLU6) is made
-    again too.
+    `keep="input"`: an output is made again in the backward pass, to the bit, so gradients are the
+    very same. Nothing is inverted: γ may be zero. So is what an activation makes of it as an
+    operation of its own (ReLU, leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call
+    with a residual, where that is kept anyway, as the output of every other block is.
 
-    `keep="output"`: the input is made again from the output, x̂ = (φ⁻¹(y) − β)/γ, which is as right
-    as y's rounding lets it be: in channels where |β/γ| + |mean|/σ is at most 8. The others, γ near
-    zero among them, keep their input. (Which those are must be read back from a GPU, once a layer.)
-    For a layer in training, by its batch's moments, without an activation or with a fused
-    "leaky_relu", whose output is kept anyway and its input is not. ReLU has no inverse.
+    `keep="output"`: the input is made again from the output, x̂ = (φ⁻¹(y) − β)/γ, as well as y's
+    rounding lets it be, in channels where |β/γ| + |mean|/σ is at most 8. The others, γ near zero
+    among them, keep their input. (Which those are must be read back from a GPU, once a call.) For
+    calls in training, by the batch's moments, without a mask, a residual or ghost batches, and
+    without an activation or with a fused "leaky_relu"; ReLU has no inverse.
 
-    These work as usual, and `MemorySavings` says so: a layer whose call has a residual (to make its
-    output again takes the residual, made of the one before, and so on), `renorm`, a function as
-    activation that is not one of those above, or an input that is made again itself; with
-    keep="output" also ghost batches, masks, statistics that are constants. Nothing is gained where
-    something keeps a copy of the output in another dtype (autocast may make one). Within
-    `torch.utils.checkpoint` there is nothing to save. Compiled code goes by its own plan: within
-    it, this does nothing.
+    These work as usual, and save nothing: calls with `renorm`, or with a function as `activation`;
+    a layer right after one that saves; outputs that nothing saves, or of which something saves a
+    copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint`. What the
+    block yields says why. In compiled code this does nothing: that goes by its own plan.
 
     Args:
         model: whose batch norm layers are all `BatchNorm`.
