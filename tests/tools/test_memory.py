@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import (
     ArgumentError,
     BatchNorm,
+    BatchNormLSTM,
     Renorm,
     accumulate_statistics,
     bank,
+    forward_together,
     freeze,
     save_memory,
 )
@@ -658,12 +660,36 @@ def test_an_input_that_another_operation_wants_is_kept(keep):
         assert saved.bytes == (x.nbytes if keep == "input" else 0)
 
 
+def test_passes_together_save_nothing_and_say_so():
+    model, x = convolutions(activation="relu"), torch.randn(6, 8, 9, 7)
+    results = []
+    for around in (contextlib.nullcontext(), save_memory(model)):
+        with around as saved:
+            losses = forward_together(model, x.split(2), step=lambda m, b: m(b).square().sum())
+        results.append(torch.autograd.grad(sum(losses), list(model.parameters())))
+    assert same(*results)
+    assert saved.reasons == dict.fromkeys("135", graph.UNSEEN)
+
+
+def test_a_recurrent_network_saves_nothing_and_says_so():
+    model, x = BatchNormLSTM(4, 6, max_length=5), torch.randn(5, 8, 4)
+    with save_memory(model) as saved:
+        y, _ = model(x)
+    dy = torch.randn(5, 8, 6)
+    found = torch.autograd.grad(y, list(model.parameters()), dy)
+    expected = torch.autograd.grad(model(x)[0], list(model.parameters()), dy)
+    assert saved.bytes == 0
+    assert saved.reasons.keys() == saved.layers.keys()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_not_asked_for():
     model = convolutions()
     with torch.no_grad(), save_memory(model) as saved:
         model(torch.randn(6, 8, 9, 7))
     assert saved.bytes == 0
-    assert saved.reasons == {}
+    assert saved.reasons == dict.fromkeys("135", graph.UNSEEN)
 
 
 def test_refusals():

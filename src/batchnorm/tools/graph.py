@@ -45,6 +45,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 #: Under this name a layer's node holds its tie.
 _TIE = "_batchnorm_tie"
 
+#: Why nothing is saved, until there is another reason.
+UNSEEN = "no call of it by itself has recorded gradients"
 _UNSAVED = "no other operation has saved its output"
 
 
@@ -204,7 +206,8 @@ class Keeper:
             tie.make, tie.residual = output_again(call), added
         setattr(y.grad_fn, _TIE, tie)
         self.ties[tie.storage.cdata] = tie
-        self.reasons.setdefault(name, _UNSAVED)
+        if self.reasons.get(name, UNSEEN) == UNSEEN:
+            self.reasons[name] = _UNSAVED
         kept = self.kept.get(_key(y))
         if kept is not None:  # by the layer itself, to tell the activation's side
             self._settle(tie, kept, y)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from batchnorm.errors import ArgumentError
-from batchnorm.tools.graph import Keeper, unpack
+from batchnorm.tools.graph import UNSEEN, Keeper, unpack
 from batchnorm.tools.layers import own_batch_norms
 
 
@@ -21,7 +21,7 @@ class MemorySavings:
 
     Attributes:
         layers: bytes by layer, of all its calls; 0 for a layer that saves nothing.
-        reasons: why a layer saves nothing in some call of it.
+        reasons: why a layer saves nothing, or nothing in some call of it.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -61,8 +61,9 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
 
     These work as usual, and save nothing: calls with `renorm`, or with a function as `activation`;
     a layer right after one that saves; outputs that nothing saves, or of which something saves a
-    copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint`. What the
-    block yields says why. In compiled code this does nothing: that goes by its own plan.
+    copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint` and
+    `forward_together`; the steps of `BatchNormLSTM`, which take a slower way here. What the block
+    yields says why. In compiled code this does nothing: that goes by its own plan.
 
     Args:
         model: whose batch norm layers are all `BatchNorm`.
@@ -90,7 +91,8 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     if keep not in ("input", "output"):
         raise ArgumentError(f'expected keep to be "input" or "output", got {keep!r}')
     layers = own_batch_norms(model)
-    savings = MemorySavings(dict.fromkeys((name for name, _ in layers), 0))
+    names = [name for name, _ in layers]
+    savings = MemorySavings(dict.fromkeys(names, 0), dict.fromkeys(names, UNSEEN))
     keeper = Keeper(keep == "input", savings.layers, savings.reasons)
     with ExitStack() as stack:
         for name, layer in layers:
