@@ -94,7 +94,7 @@ def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
 def output_again(call: Call) -> Make:
     """y from x and the residual: the very same bits, by the kernels that made it first."""
 
-    @torch.no_grad()
+    @torch.no_grad()  # mutant: only slower without
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
         return _normalize(x, residual, call)
 
@@ -149,7 +149,7 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
         activation=None,
     )
 
-    @torch.no_grad()
+    @torch.no_grad()  # mutant: only slower without
     def make(y: Tensor) -> Tensor:
         z = y if call.activation is None else leaky_relu(y, 1 / slope)
         made = _normalize(z, None, back)

@@ -83,7 +83,7 @@ class _Kept:
         # Detached: an operation that saves its own result would hold itself.
         self.tensor: Tensor | None = tensor.detach()
         self.recipe: _Recipe | None = None
-        self.view: tuple[Any, ...] | None = None
+        self.view: tuple[Any, ...] | None = None  # mutant: a type
         self.askers, self.is_source = 0, False
         self.version = tensor._version
         # Its number is no other storage's as long as this is held.
@@ -119,10 +119,12 @@ class _Tie:
         self.geometry, self.dtype = _geometry(y), y.dtype
         self.recipe: Callable[[], _Recipe | None] = lambda: None
         #: What was added, if anything: itself, or what it is tied by.
-        self.residual: Callable[[], _Kept | _Tie | None] | None = None
+        self.residual: Callable[[], _Kept | _Tie | None] | None = None  # mutant: a type
         #: How to make y, or where to ask how to make the input.
         self.make: Make | None = None
-        self.invert: Callable[[Tensor, Tensor], tuple[Make, int] | None] | None = None
+        self.invert: Callable[[Tensor, Tensor], tuple[Make, int] | None] | None = (
+            None  # mutant: a type
+        )
         #: Whether y was as the layer made it when another operation saved it.
         self.seen = False
         #: Of an activation's output, tied to the same input.
