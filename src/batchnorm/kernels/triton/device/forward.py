@@ -65,21 +65,22 @@ def normalize_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
     splits,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    BS: tl.constexpr,
     RO: tl.constexpr,  # noqa: ARG001 - every kernel is told of the same cut
     RI: tl.constexpr,  # noqa: ARG001
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    BS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
@@ -87,7 +88,7 @@ def normalize_kernel(
 
     In the reverse order of `moments_kernel`: what that read last may still be in the cache.
     """
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     eps = double(eps_high, eps_low)
@@ -192,9 +193,10 @@ def whole_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
-    UNIT: tl.constexpr,
+    c_units,
+    i_units,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -206,7 +208,7 @@ def whole_kernel(
     SLOPE: tl.constexpr,
 ):
     """Moments, running update and output in one launch: x is read once."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.program_id(0)
     first_c = block * BC
     at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
