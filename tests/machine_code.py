@@ -24,6 +24,8 @@ REGISTERS = 65536
 THREADS = 2048
 
 _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z_0-9]+|\.L\d::[a-z_]+)*?(\.v\d)?\.[bfsu](\d+)\b")
+_JUMP = re.compile(r"\bBRA.*`\((\.L_\w+)\)")
+_LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Code:
         grid: how many programs.
         warps: of a program.
         registers: of a thread.
-        stack: bytes of a thread that are in memory: what has no register.
+        spills: accesses to memory for want of a register: in loops, or if there are none, at all.
         shared: bytes of a program.
         loads, stores: how many accesses of a thread to global memory are in the code, by the bits of
             a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
@@ -45,7 +47,7 @@ class Code:
     grid: tuple[int, ...]
     warps: int
     registers: int
-    stack: int
+    spills: int
     shared: int
     loads: Counter[tuple[int, int]]
     stores: Counter[tuple[int, int]]
@@ -112,19 +114,35 @@ def _read(made: Any, grid: tuple[int, ...]) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown.stdout)}
-    accesses = {"ld": Counter(), "st": Counter()}
+        usage = _tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        registers, stack = map(int, re.findall(r"\b(?:REG|STACK):(\d+)", usage))
+        code = _tool(knobs.nvidia.nvdisasm.path, file.name) if stack else ""
+    accesses: dict[str, Counter[tuple[int, int]]] = {"ld": Counter(), "st": Counter()}
     for kind, many, bits in _ACCESS.findall(made.asm["ptx"]):
         accesses[kind][int(bits), int(many[2:] or 1) * int(bits) // 8] += 1
     return Code(
         made.metadata.name,
         grid,
         made.metadata.num_warps,
-        usage["REG"],
-        usage["STACK"] + usage["LOCAL"],
+        registers,
+        _spills(code),
         made.metadata.shared,
         accesses["ld"],
         accesses["st"],
     )
+
+
+def _tool(path: str, *args: str) -> str:
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _spills(code: str) -> int:
+    """Accesses to a thread's own memory inside of jumps backwards; of all, if none does."""
+    lines = code.splitlines()
+    labels = {line[:-1].strip(): at for at, line in enumerate(lines) if line.startswith(".L_")}
+    jumps = [(at, found[1]) for at, line in enumerate(lines) if (found := _JUMP.search(line))]
+    loops = [(labels[to], at) for at, to in jumps if labels[to] < at]
+    # The end of a program is a jump to itself.
+    loops = [(begin, end) for begin, end in loops if end - begin > 2] or [(0, len(lines))]
+    inside = {at for begin, end in loops for at in range(begin, end)}
+    return sum(at in inside and _LOCAL.search(line) is not None for at, line in enumerate(lines))
