@@ -37,8 +37,8 @@ class Code:
         registers: of a thread.
         stack: bytes of a thread that are in memory: what has no register.
         shared: bytes of a program.
-        loads, stores: how many accesses of a thread to global memory are in the code, by the bits of
-            a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
+        loads, stores: how many accesses of a thread to global memory are in the code, by the bits
+            of a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
     """
 
     name: str
