@@ -39,8 +39,8 @@ class Code:
         registers: of a thread.
         spills: accesses to memory for want of a register: in loops, or if there are none, at all.
         shared: bytes of a program.
-        loads, stores: how many accesses of a thread to global memory are in the code, by the bits of
-            a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
+        loads, stores: how many accesses of a thread to global memory are in the code, by the bits
+            of a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
     """
 
     name: str
