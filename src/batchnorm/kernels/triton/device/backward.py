@@ -144,7 +144,7 @@ def sums_kernel(
         inside = inside_oi & inside_c
         at = (first_o * channels + first_c) * inner + first_i + offsets
         at_mask = first_o, first_i, o, i, inner, inside_oi
-        dz, d, weights = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
+        dz, d, _ = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
         dz_sum += within_threads(dz, RO, RI)
         distance_sum += within_threads(dz * d, RO, RI)
         if dz_out is not None:
