@@ -31,7 +31,7 @@ def pivot_of(values, counted, found, RO: tl.constexpr, RI: tl.constexpr):
     """About the mean of the elements of a tile that count: any number near them is right."""
     # Shares before the sum, which might overflow.
     shares = tl.where(counted, values * (1.0 / or_one(found)), 0.0)
-    return total(shares, RO, RI).to(tl.float32)
+    return tl.sum(tl.sum(within_threads(shares, RO, RI), axis=2), axis=0)
 
 
 @triton.jit
@@ -141,9 +141,10 @@ def moments_of(
     if mask is None:
         first = elements_before(begin, tiles_i, outer, inner, BO, BI)
         n = (elements_before(end, tiles_i, outer, inner, BO, BI) - first).to(tl.float64)
+    # No division for each channel: every thread makes those of all its channels.
+    unit = tl.where(scale == 1.0, 1.0, 1.0 / SMALL).to(tl.float64)
+    shift = d_sum * unit * (1.0 / or_one(n))
     n += tl.zeros([BC], tl.float64)
-    unit = 1.0 / scale.to(tl.float64)
-    shift = d_sum * unit / or_one(n)
     m2 = squares * unit * unit - n * shift * shift
     # Not maximum, which need not pass NaN on.
     return n, pivot + shift, tl.where(m2 < 0, 0.0, m2)
