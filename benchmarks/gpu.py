@@ -236,7 +236,7 @@ def tested(status: int | None, lines: list[str]) -> tuple[str, str]:
     says = f"{outcomes.count('PASSED')} passed, {failed} failed"
     if skipped := outcomes.count("SKIPPED"):
         says += f", {skipped} skipped"
-    if failed or status == 1:
+    if failed:
         return WRONG, says
     if status is None:
         return STOPPED, f"{says} until time was up"

@@ -78,6 +78,19 @@ time.sleep(60)
     pytest.fail("what the part had started still runs")
 
 
+def test_in_a_lane_none_takes_the_time_of_the_next(monkeypatch):
+    monkeypatch.setattr(script, "TOTAL_S", 6)
+    _, parts = ran(
+        [
+            [
+                job("hangs", "import time; time.sleep(60)", share=3),
+                job("after", "import time; time.sleep(1.5)", 3),
+            ]
+        ]
+    )
+    assert [part.status for part in parts.values()] == ["stopped", "ok"]
+
+
 def running(pid):
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -115,6 +128,7 @@ FAILED tests/kernels/triton/test_a.py::test_three - assert 0
         ("FAILED", 1, ("wrong", "2 passed, 1 failed, 1 skipped")),
         ("ERROR", None, ("wrong", "2 passed, 1 failed, 1 skipped")),
         ("PASSED", None, ("stopped", "3 passed, 0 failed, 1 skipped until time was up")),
+        ("PASSED", 1, ("died", "pytest ended with status 1, 3 passed, 0 failed, 1 skipped")),
         ("PASSED", 4, ("died", "pytest ended with status 4, 3 passed, 0 failed, 1 skipped")),
     ],
 )
