@@ -37,8 +37,8 @@ class Code:
         registers: of a thread.
         stack: bytes of a thread that are in memory: what has no register.
         shared: bytes of a program.
-        loads, stores: how many accesses of a thread to global memory are in the code, by the dtype's
-            bits and the bytes of the access: {(32, 16): 4} are four of 16 bytes, as numbers of 32 bits.
+        loads, stores: how many accesses of a thread to global memory are in the code, by the bits of
+            a number and the bytes of the access: {(32, 16): 4} are four of 16 bytes.
     """
 
     name: str
@@ -79,6 +79,17 @@ class _Absent:
 
 
 @contextmanager
+def absent(capability: int) -> Iterator[None]:
+    """Triton compiles for such a GPU."""
+    before = driver._active
+    driver.set_active(_Absent(capability))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextmanager
 def compiled(capability: int) -> Iterator[list[Code]]:
     """A list that gets the code of each kernel launched inside, instead of the launch."""
     codes: list[Code] = []
@@ -89,14 +100,12 @@ def compiled(capability: int) -> Iterator[list[Code]]:
         codes.append(_read(made, tuple(grid)))
         return made
 
-    before = driver._active
-    driver.set_active(_Absent(capability))
     JITFunction.run = compile_only
     try:
-        yield codes
+        with absent(capability):
+            yield codes
     finally:
         JITFunction.run = run
-        driver._active = before
 
 
 def _read(made: Any, grid: tuple[int, ...]) -> Code:

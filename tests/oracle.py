@@ -18,7 +18,7 @@ Wide = np.longdouble
 def wide(values) -> np.ndarray:
     """Any tensor or array, exactly, in the oracle's precision."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().double().numpy()
+        values = values.detach().double().cpu().numpy()
     return np.asarray(values).astype(Wide)
 
 

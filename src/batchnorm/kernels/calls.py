@@ -47,6 +47,12 @@ def hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def inexact() -> bool:
+    """Whether those will bring back an x that is only close to what was saved."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "inexact", False)
+
+
 def saves(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> bool:
     """Whether autograd can save these; it finds out after the kernels have changed the buffers."""
     return not (

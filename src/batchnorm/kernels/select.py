@@ -276,12 +276,12 @@ def forward(
     others = (*(given or ()), weight, bias)
     if operators := in_graphs(x, others, residual, eps, channel_dim):
         statistics_of = given or (None, None)
-        y, statistics, count = operators.forward(
+        y, statistics, total = operators.forward(
             *(x, weight, bias, residual, _expanded(mask, x, channel_dim), *statistics_of),
             *(eps, channel_dim, calls.ACTIVATIONS[activation]),
         )
         mean, var = statistics.unbind()
-        return y, count if given is None else None, mean, var, None, "triton"
+        return y, total if given is None else None, mean, var, None, "triton"
     if mask is None and concrete(x) and aten.serves(x, *others, residual, channel_dim=channel_dim):
         if given is None:
             z, mean, var, invstd = aten.train(x, weight, bias, eps)
@@ -349,11 +349,12 @@ def backward(
         flags |= calls.WANT_PARAMETERS if wanted[1] or wanted[2] else 0
         flags |= calls.WANT_RESIDUAL if wanted[3] else 0
         mask = _expanded(mask, x, channel)
-        *others, dz = operators.backward(
+        dx, d_weight, d_bias, dz = operators.backward(
             *(dy, x, None if activation is None else y, torch.stack((mean, var)), weight, mask),
             *(count, eps, channel, flags),
         )
-        return Gradients(*others, dy if activation is None and mask is None else dz)
+        unchanged = activation is None and mask is None
+        return Gradients(dx, d_weight, d_bias, dy if unchanged else dz)
     if backend == "aten":
         if aten.backward_serves(x):
             return aten.backward(

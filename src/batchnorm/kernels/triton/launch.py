@@ -7,7 +7,6 @@ device. What is not served is left untouched.
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from batchnorm.kernels import calls
 from batchnorm.kernels.reference import LEAKY_SLOPE
+from batchnorm.kernels.triton.launcher import launch, on
 from batchnorm.kernels.triton.operand import (
-    COMPILED,
     Operand,
     doubled,
     is_counter,
     is_like,
-    recorded,
     served,
 )
 from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
@@ -34,6 +32,9 @@ Count = float | Tensor
 _NO_RUNNING = (None, None, None, 0.0, 0.0)
 _NO_MERGE = (None, None, None, *_NO_RUNNING)
 
+#: Channels that the one program which updates alone takes at once.
+UPDATED = 1024
+
 
 @lru_cache(maxsize=1)
 def device() -> Any:
@@ -41,33 +42,6 @@ def device() -> Any:
     from batchnorm.kernels.triton.device import backward, forward, moments
 
     return SimpleNamespace(backward=backward, forward=forward, moments=moments)
-
-
-def on(x: Tensor) -> Any:
-    """Triton launches on the current device: make it the tensor's."""
-    if not x.is_cuda or recorded(x) or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
-
-
-def ready(kernel: Any, x: Tensor) -> Any:
-    """What launches the kernel: itself, or what puts the launch into the graph that is recorded."""
-    return Recorded(kernel) if recorded(x) else kernel
-
-
-class Recorded:
-    """A kernel whose launches become nodes of a graph."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = torch.library.wrap_triton(kernel)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **constants: Any) -> None:
-            # The graph has no place for this option; without it Triton does the same.
-            del constants["enable_fp_fusion"]
-            self.kernel[grid](*args, **constants)
-
-        return launch
 
 
 def forward(
@@ -135,11 +109,8 @@ def _train(
         merge = statistics, count, *running, *doubled(momentum)
     if of.plan.whole:
         x, *others = data
-        ready(device().forward.whole_kernel, of.x)[(of.plan.blocks,)](
-            *(x, of.mask, *others, *merge, *doubled(eps), *of.shape),
-            **of.constants,
-            **_activation(flags),
-        )
+        args = x, of.mask, *others, *merge, *doubled(eps), *of.shape
+        _run(device().forward.whole_kernel, of, args, *_activation(flags))
     else:
         partial = _partial_moments(of)
         if of.plan.folds:
@@ -153,26 +124,31 @@ def _train(
     return statistics, known
 
 
-def _activation(flags: int) -> dict[str, Any]:
-    return {"ACTIVATION": flags & calls.ACTIVATION, "SLOPE": LEAKY_SLOPE}
+def _activation(flags: int) -> tuple[int, float]:
+    return flags & calls.ACTIVATION, LEAKY_SLOPE
+
+
+def _run(kernel: Any, of: Operand, args: tuple[Any, ...], *constants: Any) -> None:
+    """A pass, or all of it in one launch."""
+    launch(kernel, of.x, of.grid, args, (*of.constants, *constants), of.plan.warps)
+
+
+def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
+    """What merges between the passes."""
+    grid, constants = (-(-of.channels // MERGED),), (MERGED, of.plan.merged_parts)
+    args = *args, of.channels, of.plan.splits
+    launch(kernel, of.x, grid, args, constants, MERGING_WARPS)
 
 
 def _partial_moments(of: Operand) -> Tensor:
     partial = of.numbers(3, of.plan.splits, of.channels)
-    ready(device().moments.moments_kernel, of.x)[of.grid](
-        of.x, of.mask, partial, *of.shape, *of.passes, **of.constants
-    )
+    args = of.x, of.mask, partial, *of.shape, *of.passes
+    _run(device().moments.moments_kernel, of, args)
     return partial
 
 
 def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> None:
-    ready(device().moments.finish_kernel, of.x)[(-(-of.channels // MERGED),)](
-        *(partial, *merge, of.channels, of.plan.splits),
-        BC=MERGED,
-        BS=of.plan.merged_parts,
-        num_warps=MERGING_WARPS,
-        **COMPILED,
-    )
+    _merge(device().moments.finish_kernel, of, (partial, *merge))
 
 
 def _normalize(
@@ -184,12 +160,8 @@ def _normalize(
     merge: tuple[Any, ...] = _NO_MERGE,
 ) -> None:
     """y by the moments given, or by those that are to be merged."""
-    ready(device().forward.normalize_kernel, of.x)[of.grid](
-        *(*data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-        BS=of.plan.parts,
-        **of.constants,
-        **_activation(flags),
-    )
+    args = *data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits
+    _run(device().forward.normalize_kernel, of, args, of.plan.parts, *_activation(flags))
 
 
 def update(
@@ -202,16 +174,12 @@ def update(
     momentum: float,
 ) -> int:
     """The running statistics alone take the batch in; 0."""
-    together = momentum == calls.PLAIN_AVERAGE
+    running = running_mean, running_var, counter
+    args = mean, var, *_counted(count), *running, *doubled(momentum), len(running_mean)
+    block = min(UPDATED, power_of_two(len(running_mean)))
+    constants = momentum == calls.PLAIN_AVERAGE, block
     with on(mean):
-        device().moments.update_kernel[(1,)](
-            *(mean, var, *_counted(count), running_mean, running_var, counter),
-            *(*doubled(momentum), len(running_mean)),
-            TOGETHER=together,
-            BC=min(1024, power_of_two(len(running_mean))),
-            num_warps=4,
-            **COMPILED,
-        )
+        launch(device().moments.update_kernel, mean, (1,), args, constants, MERGING_WARPS)
     return 0
 
 
@@ -276,12 +244,9 @@ def backward(
     counted = _counted(count)
     with on(x):
         if of.plan.whole and sums is None:
-            ready(device().backward.whole_gradient_kernel, of.x)[(of.plan.blocks,)](
-                *(*data, dx, dz, *channel, d_weight, d_bias, *counted, *doubled(eps), *of.shape),
-                TRAINING=training,
-                **of.constants,
-                **_activation(flags),
-            )
+            kernel = device().backward.whole_gradient_kernel
+            rest = d_weight, d_bias, *counted, *doubled(eps), *of.shape
+            _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
             return dx, dz, d_weight, d_bias, 0
         partial = None
         if dz is not None or (sums is None and (training or d_weight is not None)):
@@ -298,13 +263,10 @@ def backward(
             # rounding has changed it.
             if dz is not None and (activation < 2 or dz.dtype is torch.float32):
                 data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
-            ready(device().backward.gradient_kernel, of.x)[of.grid](
-                *(*data, dx, *channel, sums if training else None, partial, *outs),
-                *(*counted, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-                BS=of.plan.parts,
-                **of.constants,
-                **_activation(flags),
-            )
+            given = sums if training else None, partial, *outs, *counted, *doubled(eps)
+            args = *data, dx, *channel, *given, *of.shape, *of.passes, of.plan.splits
+            kernel = device().backward.gradient_kernel
+            _run(kernel, of, args, of.plan.parts, *_activation(flags))
     return dx, dz, d_weight, d_bias, 0
 
 
@@ -343,11 +305,8 @@ def _partial_sums(
     flags: int,
 ) -> Tensor:
     partial = of.numbers(2, of.plan.splits, of.channels)
-    ready(device().backward.sums_kernel, of.x)[of.grid](
-        *(*data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes),
-        **of.constants,
-        **_activation(flags),
-    )
+    args = *data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes
+    _run(device().backward.sums_kernel, of, args, *_activation(flags))
     return partial
 
 
@@ -358,13 +317,7 @@ def _finish_sums(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    ready(device().backward.finish_sums_kernel, of.x)[(-(-of.channels // MERGED),)](
-        *(partial, sums, d_weight, d_bias, of.channels, of.plan.splits),
-        BC=MERGED,
-        BS=of.plan.merged_parts,
-        num_warps=MERGING_WARPS,
-        **COMPILED,
-    )
+    _merge(device().backward.finish_sums_kernel, of, (partial, sums, d_weight, d_bias))
 
 
 def backward_reduce(

@@ -135,7 +135,9 @@ def _backward_shapes(
     )
 
 
-def _operator(name: str, call: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+def _operator(
+    name: str, call: Callable[..., Any], shapes: Callable[..., Any]
+) -> Callable[..., Any]:
     opaque = torch.library.custom_op(f"batchnorm_triton::{name}", call, mutates_args=())
     opaque.register_fake(shapes)
     if triton.INTERPRETED:  # the compiler refuses kernels that are

@@ -8,6 +8,7 @@ from batchnorm.kernels.triton.device.tiles import (
     activation_slope,
     affine,
     along,
+    as_stored,
     axes,
     double,
     finite,
@@ -90,12 +91,13 @@ def sums_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -107,7 +109,7 @@ def sums_kernel(
     SLOPE: tl.constexpr,
 ):
     """Each program: Σdz and Σdz·x̂ of its part of its channels; and dz, where it is wanted."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     index = tl.program_id(1)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
@@ -164,8 +166,8 @@ def write_sums(dz_sum, lever_sum, c, inside, channels, sums, d_weight, d_bias):
         tl.store(sums + c, dz_sum, mask=inside)
         tl.store(sums + channels + c, lever_sum, mask=inside)
     if d_weight is not None:
-        tl.store(d_weight + c, lever_sum.to(d_weight.dtype.element_ty), mask=inside)
-        tl.store(d_bias + c, dz_sum.to(d_bias.dtype.element_ty), mask=inside)
+        tl.store(d_weight + c, as_stored(lever_sum, d_weight), mask=inside)
+        tl.store(d_bias + c, as_stored(dz_sum, d_bias), mask=inside)
 
 
 @triton.jit
@@ -199,26 +201,27 @@ def gradient_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
     splits,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    BS: tl.constexpr,
     RO: tl.constexpr,  # noqa: ARG001 - every kernel is told of the same cut
     RI: tl.constexpr,  # noqa: ARG001
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    BS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
     """Each program: the gradient of x in its part, in the reverse order of `sums_kernel`."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     first_c = block * BC
@@ -282,9 +285,10 @@ def whole_gradient_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
-    UNIT: tl.constexpr,
+    c_units,
+    i_units,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -297,7 +301,7 @@ def whole_gradient_kernel(
     TRAINING: tl.constexpr,
 ):
     """All gradients in one launch: x and dy are read once."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from batchnorm.kernels.triton.device.tiles import (
     along,
+    as_stored,
     axes,
     double,
     elements_before,
@@ -154,12 +155,13 @@ def moments_kernel(
     mask,
     partial,  # (3, splits, channels)
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -173,7 +175,7 @@ def moments_kernel(
     first_c = tl.program_id(0) * BC
     tile = index * per_split
     end = tl.minimum(tile + per_split, tiles)
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     n, mean, m2 = moments_of(
         x,
         mask,
@@ -233,8 +235,8 @@ def merged(partial, c, inside, channels, splits, BS: tl.constexpr):
 def are_sound(n, mean, m2, running_mean, running_var, inside):
     """Which channels' statistics the running ones may take in, in the buffers' dtypes."""
     unbiased = m2 / or_one(n - 1.0)
-    fits_mean = finite(mean.to(running_mean.dtype.element_ty).to(tl.float64))
-    fits_var = finite(unbiased.to(running_var.dtype.element_ty).to(tl.float64))
+    fits_mean = finite(as_stored(mean, running_mean).to(tl.float64))
+    fits_var = finite(as_stored(unbiased, running_var).to(tl.float64))
     return inside & fits_mean & fits_var & (n >= MIN_COUNT)
 
 
@@ -247,8 +249,8 @@ def take_in(n, mean, m2, c, sound, running_mean, running_var, share):
     old_var = tl.load(for_var, mask=sound, other=0.0).to(tl.float64)
     new_mean = (1.0 - share) * old_mean + share * mean
     new_var = (1.0 - share) * old_var + share * unbiased
-    tl.store(for_mean, new_mean.to(running_mean.dtype.element_ty), mask=sound)
-    tl.store(for_var, new_var.to(running_var.dtype.element_ty), mask=sound)
+    tl.store(for_mean, as_stored(new_mean, running_mean), mask=sound)
+    tl.store(for_var, as_stored(new_var, running_var), mask=sound)
 
 
 @triton.jit

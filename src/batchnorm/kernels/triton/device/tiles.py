@@ -128,6 +128,14 @@ def parameter(pointer, c, inside, default: tl.constexpr):
 
 
 @triton.jit
+def as_stored(value, pointer):
+    """A float64 in the dtype of the memory that it is for."""
+    if pointer.dtype.element_ty == tl.bfloat16:  # the interpreter knows no other way there
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def affine(x, mean_high, mean_low, scale, shift):
     """γ·x̂ + β; forward and backward must see the same sign of it, to the last bit."""
     return ((x - mean_high) - mean_low) * scale + shift
