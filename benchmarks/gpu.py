@@ -276,9 +276,9 @@ def correctness(*, rehearse: bool) -> Stage:
     excuse = f"not installed: {', '.join(missing)}" if missing else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
-    # Most of the time goes into compiling kernels, and a process compiles one at a time: a third of
-    # the cores for the tests, a third for the suite, some for the rest.
-    processes = max(1, min(6, (os.cpu_count() or 1) // 3))
+    # Most of the time goes into compiling kernels, and a process compiles one at a time: so many for
+    # the tests, as many for the suite, and a quarter of the cores for the rest.
+    processes = max(1, min(6, (os.cpu_count() or 1) * 3 // 8))
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(processes)]

@@ -249,3 +249,22 @@ def test_its_networks_start_alike_and_differ_in_rounding_only():
     for plain, in_place, fused in zip(*gradients, strict=True):
         torch.testing.assert_close(in_place, plain)
         torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_nothing_but_torch_is_needed():
+    code = """
+import runpy, sys
+for name in ("rich", "typer", "numpy", "matplotlib", "pytest", "hypothesis", "jinja2", "psutil"):
+    sys.modules[name] = None  # importing it raises
+for name in ("gpu", "resnet50", "small_calls"):
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_path(f"benchmarks/{name}.py", run_name="__main__")
+    except SystemExit as left:
+        assert not left.code
+from batchnorm.bench import cases, worker
+request = worker.Request("rehearsal", "4x2 ", "cpu", None, "warm L2", 0, go_on=True)
+assert "row" in [event["event"] for event in worker.work(request)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
