@@ -11,8 +11,9 @@ from batchnorm.kernels import triton
 if triton.INTERPRETED:
     pytest.skip("Triton's interpreter is on: the compiler sees no kernels", allow_module_level=True)
 
-from machine_code import absent
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+from machine_code import absent
 
 pytestmark = [
     # Dynamo makes an instance of Function whenever it meets an autograd function.
@@ -28,10 +29,11 @@ def seen(monkeypatch):
 
     The CPU stands for a GPU, and tensors have no values: nothing runs.
     """
-    from batchnorm.kernels.triton import operators  # noqa: F401 - which look into the kernels
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._subclasses import FakeTensorMode
+
+    from batchnorm.kernels.triton import operators  # noqa: F401 - which look into the kernels
 
     monkeypatch.setattr(triton, "INTERPRETED", True)
     torch._dynamo.reset()

@@ -57,8 +57,7 @@ def graphs():
         def __call__(self, made, inputs):
             return aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep)(made, inputs)
 
-    kept = Graphs()
-    return kept
+    return Graphs()
 
 
 def layer_of(**options):
@@ -103,8 +102,8 @@ def check(layer, forward, x, mask=None, residual=None, *, activation=None):
         wanted += oracle.running(*old, want, layer.momentum)
     for a, b in zip(found, wanted, strict=True):
         if a is not None:
-            b = torch.from_numpy(np.asarray(b, dtype=np.float64))
-            torch.testing.assert_close(a.detach().cpu().double(), b, **CLOSE)
+            want = torch.from_numpy(np.asarray(b, dtype=np.float64))
+            torch.testing.assert_close(a.detach().cpu().double(), want, **CLOSE)
 
 
 CASES = {

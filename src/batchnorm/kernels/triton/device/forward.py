@@ -145,7 +145,7 @@ def whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE):
 def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE):
     """The elements of such a tile, and their moments."""
     at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
-    o, c, i = axes(BO, BC, BI, WIDE)
+    o, _, i = axes(BO, BC, BI, WIDE)
     inside_oi = (o < outer) & (i < inner)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if mask is None:
