@@ -15,7 +15,6 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from machine_code import absent
 
-
 pytestmark = [
     # Dynamo makes an instance of Function whenever it meets an autograd function.
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated"),

@@ -23,7 +23,6 @@ if triton.INTERPRETED:
 
 from machine_code import Code, compiled
 
-
 #: Bytes that must be on their way to a multiprocessor: 3.35 TB/s · 700 ns over 132 of them. (An
 #: A100 needs fewer: 2 TB/s · 600 ns over 108.)
 IN_FLIGHT = 17_800
