@@ -287,6 +287,62 @@ def test_an_activation_of_what_was_changed_behind_autograd(activate):
     assert saved.bytes == 0
 
 
+@pytest.mark.parametrize(
+    "activate", [torch.relu, torch.nn.functional.silu, torch.clone], ids=["relu", "silu", "clone"]
+)
+def test_an_activation_changed_behind_autograd(activate):
+    # Of a ReLU's result that is an error with or without, where the ReLU's gradient is asked for.
+    bn, linear, dy = BatchNorm(4), nn.Linear(4, 3), torch.randn(8, 3)
+    x, results = torch.randn(8, 4, requires_grad=True), []
+    for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+        with around:
+            y = activate(bn(x))
+            with torch.no_grad():
+                y.mul_(3)
+            z = linear(y)
+        results.append(torch.autograd.grad(z, linear.weight, dy))
+    assert same(*results)
+
+
+def test_an_activation_of_what_was_changed_and_is_gone():
+    bn, linear, dy = BatchNorm(4), nn.Linear(4, 3), torch.randn(8, 3)
+    x = torch.randn(8, 4, requires_grad=True)
+    for last in (torch.clone, nn.functional.gelu):
+        results = []
+        for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+            with around:
+                y = bn(x)
+                first = nn.functional.silu(y)
+                with torch.no_grad():
+                    y.mul_(3)
+                z = last(y)
+                del y
+                z = linear(z)
+            results.append(torch.autograd.grad(z, linear.weight, dy))
+        assert same(*results)
+        assert first is not None
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_of_other_kinds():
+    model, x = nn.Sequential(nn.Linear(4, 6), BatchNorm(6), nn.Linear(6, 6)), torch.randn(8, 4)
+    weight = torch.randn(6, requires_grad=True)
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)])
+
+    def forward():
+        y = torch.func.vmap(lambda row: (row * weight).sin())(model(x))
+        return y.sum() + torch.sparse.mm(torch.eye(8).to_sparse(), y).square().sum()
+
+    leaves = (*model.parameters(), weight)
+    expected = torch.autograd.grad(forward(), leaves)
+    with save_memory(model) as saved:
+        loss = forward()
+        padded = (nested.requires_grad_() * 2).sin().to_padded_tensor(0.0)
+    assert same(torch.autograd.grad(loss, leaves), expected)
+    padded.sum().backward()
+    assert saved.layers == {"1": 8 * 6 * 4}
+
+
 def test_an_activation_of_a_part_in_place():
     bn, linear = BatchNorm(4), nn.Linear(4, 3)
     x, dy = torch.randn(8, 4, requires_grad=True), torch.randn(8, 3)
