@@ -293,15 +293,20 @@ def test_an_activation_of_what_was_changed_behind_autograd(activate):
 def test_an_activation_changed_behind_autograd(activate):
     # Of a ReLU's result that is an error with or without, where the ReLU's gradient is asked for.
     bn, linear, dy = BatchNorm(4), nn.Linear(4, 3), torch.randn(8, 3)
-    x, results = torch.randn(8, 4, requires_grad=True), []
-    for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
-        with around:
-            y = activate(bn(x))
-            with torch.no_grad():
-                y.mul_(3)
-            z = linear(y)
-        results.append(torch.autograd.grad(z, linear.weight, dy))
-    assert same(*results)
+    x = torch.randn(8, 4, requires_grad=True)
+    for gone in (True, False):
+        results = []
+        for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+            with around:
+                y = before = bn(x)
+                y = activate(y)
+                if gone:
+                    del before
+                with torch.no_grad():
+                    y.mul_(3)
+                z = linear(y)
+            results.append(torch.autograd.grad(z, linear.weight, dy))
+        assert same(*results)
 
 
 def test_an_activation_of_what_was_changed_and_is_gone():
@@ -340,6 +345,14 @@ def test_tensors_of_other_kinds():
         padded = (nested.requires_grad_() * 2).sin().to_padded_tensor(0.0)
     assert same(torch.autograd.grad(loss, leaves), expected)
     padded.sum().backward()
+    found, dy = [], torch.randn(5, 8, 6)
+    for around in (contextlib.nullcontext(), save_memory(model)):
+        with around:
+            y = model(x).sin()
+            found.append(torch.autograd.grad(y, leaves[:-1], dy, is_grads_batched=True,
+                                             create_graph=True))  # fmt: skip
+    for ours, usual in zip(*found, strict=True):
+        torch.testing.assert_close(ours, usual)
     assert saved.layers == {"1": 8 * 6 * 4}
 
 

@@ -337,14 +337,9 @@ def unpack(kept: Any) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has a storage and strides that can be looked at."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
+    """Whether it has strides, and a storage that can be looked at."""
+    plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return plain and not tensor.is_nested
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
