@@ -287,6 +287,8 @@ class NotServedError(Exception):
 _KEPT = native.ACTIVATION | native.TRAINING | -1 << native.GROUP_BIT
 _WITH_BIAS = native.ACTIVATION | -1 << native.GROUP_BIT
 
+_LEAKY = native.ACTIVATIONS["leaky_relu"]
+
 
 class NativeFunction(torch.autograd.Function):
     """The C++ kernels, running update included: eager calls on the CPU only.
@@ -324,8 +326,9 @@ class NativeFunction(torch.autograd.Function):
         ctx.options = count, eps, channel_dim, pool
         ctx.bias_dtype = None if bias is None else bias.dtype
         # z's sign is computed again from x; with a residual, which is not kept, or with an x that
-        # will not be quite this one, it is told from y.
-        told = flags & native.ACTIVATION and (residual is not None or native.inexact())
+        # will not be quite this one (which is never so with relu), it is told from y.
+        activation = flags & native.ACTIVATION
+        told = activation if residual is not None else activation == _LEAKY and native.inexact()
         ctx.save_for_backward(
             x,
             weight,

@@ -43,7 +43,7 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
 }
 
 #: Of an input and an output: what makes the input from outputs, and how many bytes that keeps.
-_Invert = Callable[[Tensor, Tensor], tuple[Make, int] | None]
+_Invert = Callable[[Tensor, Tensor], tuple[Make, int] | None]  # mutant: a type
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: Under this name a layer's node holds its tie.
