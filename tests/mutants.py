@@ -91,7 +91,9 @@ TESTS = {
         "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_convert_objects.py",
     ],
     "tools/exchange.py": ["tools/test_exchange.py"],
-    "tools/graph.py": ["tools/test_memory.py"],
+    "tools/graph.py": [
+        "tools/test_memory.py", "tools/test_memory_changed.py", "tools/test_memory_around.py",
+    ],
     "tools/groups.py": ["tools/test_groups.py"],
     "tools/lazy.py": ["tools/test_lazy.py"],
     "tools/origin.py": [

@@ -299,6 +299,8 @@ class NotServedError(Exception):
 _KEPT = calls.ACTIVATION | calls.TRAINING | -1 << calls.GROUP_BIT
 _WITH_BIAS = calls.ACTIVATION | -1 << calls.GROUP_BIT
 
+_LEAKY = calls.ACTIVATIONS["leaky_relu"]
+
 
 class NativeFunction(torch.autograd.Function):
     """The kernels, running update included: eager calls only.
@@ -338,8 +340,9 @@ class NativeFunction(torch.autograd.Function):
         ctx.options = count, eps, channel_dim, pool
         ctx.bias_dtype = None if bias is None else bias.dtype
         # z's sign is computed again from x; with a residual, which is not kept, or with an x that
-        # will not be quite this one, it is told from y.
-        told = flags & calls.ACTIVATION and (residual is not None or calls.inexact())
+        # will not be quite this one (which is never so with relu), it is told from y.
+        activation = flags & calls.ACTIVATION
+        told = activation if residual is not None else activation == _LEAKY and calls.inexact()
         ctx.save_for_backward(
             x,
             weight,

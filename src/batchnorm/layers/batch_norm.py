@@ -319,7 +319,7 @@ class BatchNorm(Controlled, _BatchNorm):
         )
         if refused is not None:
             self.warn_nonfinite(refused)
-        if not torch.compiler.is_compiling() and self._watched is not None:
+        if self._watched is not None and not torch.compiler.is_compiling():
             self._watched(self, x, bias, residual, y)
         return y
 

@@ -38,8 +38,12 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
         F.hardtanh, min_val=node._saved_min_val, max_val=node._saved_max_val
     ),
     "HardswishBackward0": lambda _: F.hardswish,
-    "CloneBackward0": lambda _: lambda y: y,  # some save one where they work in place
+    # Some that work in place save one.
+    (_COPY := "CloneBackward0"): lambda _: lambda y: y,
 }
+
+#: Of an input and an output: what makes the input from outputs, and how many bytes that keeps.
+_Invert = Callable[[Tensor, Tensor], tuple[Make, int] | None]  # mutant: a type
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: Under this name a layer's node holds its tie.
@@ -122,10 +126,8 @@ class _Tie:
         self.residual: Callable[[], _Kept | _Tie | None] | None = None  # mutant: a type
         #: How to make y, or where to ask how to make the input.
         self.make: Make | None = None
-        self.invert: Callable[[Tensor, Tensor], tuple[Make, int] | None] | None = (
-            None  # mutant: a type
-        )
-        #: Whether y was as the layer made it when another operation saved it.
+        self.invert: _Invert | None = None  # mutant: a type
+        #: Whether y was as the layer made it each time that an operation saved it.
         self.seen = False
         #: Of an activation's output, tied to the same input.
         self.after: list[_Tie] = []
@@ -156,14 +158,14 @@ class Keeper:
 
     def __call__(self, tensor: Tensor) -> Any:
         """Pack a tensor that an operation saves."""
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        if not _is_plain(tensor):
             return tensor.detach()
         kept = self._keep(tensor)
-        if kept.recipe is None or not self.inexact:
-            tie = None if kept.recipe else self._tie_of(tensor)
+        if kept.recipe is None:
+            tie = self._tie_of(tensor)
             if tie is not None:
                 self._settle(tie, kept, tensor)
-        else:
+        elif self.inexact:
             # An input that another operation wants too is kept after all.
             self.layers[kept.recipe.name] -= kept.recipe.bytes
             kept.tensor, kept.recipe = tensor.detach(), None
@@ -185,7 +187,7 @@ class Keeper:
         if y.grad_fn is None:
             return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        source = self.kept.get(_key(x)) if type(x) in _PLAIN else None
+        source = self.kept.get(_key(x)) if _is_plain(x) else None
         added = None if residual is None else self._residual(residual)
         reason, call = None, None
         if hooks is None or hooks[0] is not self:
@@ -223,7 +225,7 @@ class Keeper:
 
     def _residual(self, residual: Tensor) -> Callable[[], _Kept | _Tie | None] | None:
         """Where a residual is to be had again without keeping it for that; None: nowhere."""
-        if self.inexact or type(residual) not in _PLAIN:
+        if self.inexact or not _is_plain(residual):
             return None
         kept = self.kept.get(_key(residual))
         if kept is not None:
@@ -237,10 +239,11 @@ class Keeper:
     def _tie_of(self, tensor: Tensor) -> _Tie | None:
         """What a tensor is tied by, if it can be made from a layer's input or the reverse."""
         tie = self.ties.get(tensor.untyped_storage()._cdata)
-        if tie is None or not tie.of(tensor):
-            return None if self.inexact else self._tie_after(tensor)
-        tie.seen = True
-        return tie
+        if tie is not None:
+            tie.seen = tie.of(tensor)
+        if tie is not None and tie.seen:
+            return tie
+        return None if self.inexact else self._tie_after(tensor)
 
     def _tie_after(self, tensor: Tensor) -> _Tie | None:
         """The same of an activation that is an operation of its own."""
@@ -261,8 +264,11 @@ class Keeper:
         y = tie.y()
         if tensor.untyped_storage()._cdata == tie.storage.cdata:
             unchanged = tensor._version == tie.version + 1  # but by the activation, in place
+        elif y is not None:
+            unchanged = tensor._version == 0 and y._version == tie.version
         else:
-            unchanged = tie.seen if y is None else y._version == tie.version
+            # Activations that do not save their result, which has come here, have saved y.
+            unchanged = tensor._version == 0 and tie.seen and node.name() != _COPY
         if not unchanged:
             return None
         activate, make = after(node), tie.make
@@ -328,6 +334,12 @@ class Keeper:
 def unpack(kept: Any) -> Tensor:
     """What an operation has saved."""
     return kept.get() if isinstance(kept, _Kept) else kept
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has strides, and a storage that can be looked at."""
+    plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return plain and not tensor.is_nested
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
