@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo docs site browser evidence test quick lint format mutants sanitize bench clean
+.PHONY: demo docs site browser evidence test quick lint format mutants sanitize bench gpu clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
@@ -97,6 +97,11 @@ SUITE ?= full
 bench: $(VENV)/lab.stamp
 	$(BIN)/batchnorm bench --suite $(SUITE) \
 	  --json benchmarks/results/cpu$(if $(filter-out full,$(SUITE)),-$(SUITE)).json
+
+# On a machine with a CUDA GPU: is everything right there, and how fast; at most 8 minutes. It takes
+# the python3 that is there, with its torch and triton: no environment is made. OUT=folder gets copies.
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(filter-out file,$(origin OUT)),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build dist src/batchnorm/site src/batchnorm/kernels/native/*.so src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

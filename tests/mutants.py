@@ -69,6 +69,7 @@ TESTS = {
         "layers/test_compile.py",
     ],
     "ghost.py": ["test_combinations.py", *GHOST],
+    "autograd_memory.py": ["test_autograd_memory.py", "tools/test_memory.py"],
     "recall.py": ["test_renorm_checkpointing.py", "tools/test_bank_checkpointing.py"],
     "renorm.py": [*RENORM, "test_combinations.py"],
     "layers/packed.py": ["test_ghost_packed.py"],
@@ -90,6 +91,7 @@ TESTS = {
         "tools/test_convert_refusals.py", "tools/test_convert.py", "tools/test_convert_objects.py",
     ],
     "tools/exchange.py": ["tools/test_exchange.py"],
+    "tools/graph.py": ["tools/test_memory.py"],
     "tools/groups.py": ["tools/test_groups.py"],
     "tools/lazy.py": ["tools/test_lazy.py"],
     "tools/origin.py": [

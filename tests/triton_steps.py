@@ -4,8 +4,8 @@ Where an error comes from, with u = 2⁻²⁴, the unit roundoff of float32:
 
 sums
     A thread adds its elements of a load, and what those of each tile of its program come to, in
-    float32; the rest is float64. For the sizes here a sum is wrong by at most `SUMS`·u of the sum of
-    its terms' magnitudes.
+    float32; the rest is float64. For the sizes here a sum is wrong by at most `SUMS`·u of the sum
+    of its terms' magnitudes.
 statistics
     So the mean is wrong by SUMS·u·σ, whatever the offset, since it is summed from a pivot near it;
     and m2 by SUMS·u of itself and of what cancels, n·(pivot − mean)². The pivot is the mean of t of

@@ -32,6 +32,8 @@ from batchnorm.tools.folding.report import FoldReport as FoldReport
 from batchnorm.tools.freeze import freeze as freeze
 from batchnorm.tools.freeze import unfreeze as unfreeze
 from batchnorm.tools.groups import param_groups as param_groups
+from batchnorm.tools.memory import MemorySavings as MemorySavings
+from batchnorm.tools.memory import save_memory as save_memory
 from batchnorm.tools.merge import sync_statistics as sync_statistics
 from batchnorm.tools.pause import pause_statistics as pause_statistics
 from batchnorm.tools.recalibrate import recalibrate as recalibrate

@@ -93,6 +93,7 @@ class BatchNormFunction(torch.autograd.Function):
             channel_dim=ctx.channel_dim,
             # As all kernels: others may serve another process.
             pool=ctx.pool if ctx.needs_input_grad[0] else None,
+            wanted=ctx.needs_input_grad[:4],
         )
         wanted = zip(out, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return (*(g.to(dtype) if needed else None for g, dtype, needed in wanted), *(None,) * 8)

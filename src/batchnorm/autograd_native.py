@@ -305,9 +305,9 @@ class NativeFunction(torch.autograd.Function):
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
     (with a channel axis of size 1), running mean and variance, counter, momentum, eps, channel
-    axis, and flags; then a list that gets the statistics and their count, and the kernels. With what
-    `normalize` adds, a count and the others with a share in the statistics, mean and variance are
-    moments.
+    axis, and flags; then a list that gets the statistics and their count, and the kernels. With
+    what `normalize` adds, a count and the others with a share in the statistics, mean and variance
+    are moments.
     """
 
     @staticmethod
@@ -337,12 +337,14 @@ class NativeFunction(torch.autograd.Function):
         ctx.flags = flags & _KEPT
         ctx.options = count, eps, channel_dim, pool
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # z's sign is computed again from x; with a residual, which is not kept, it is told from y.
+        # z's sign is computed again from x; with a residual, which is not kept, or with an x that
+        # will not be quite this one, it is told from y.
+        told = flags & calls.ACTIVATION and (residual is not None or calls.inexact())
         ctx.save_for_backward(
             x,
             weight,
             bias if flags & _WITH_BIAS else None,
-            y if residual is not None and flags & calls.ACTIVATION else None,
+            y if told else None,
             mask,
             statistics,
         )

@@ -4,7 +4,17 @@ import re
 import pytest
 import torch
 
-from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, find
+from batchnorm.bench.cases import (
+    FLOORS,
+    FUSIONS,
+    GPU_SUITES,
+    PASSES,
+    SMALL_C,
+    SUITES,
+    TWO_PASS,
+    Case,
+    find,
+)
 from batchnorm.errors import ArgumentError
 
 #: What a step reads and writes once, by name.
@@ -24,6 +34,31 @@ def test_floors_count_the_tensors_that_move():
         assert FLOORS["forward+backward", fusion] == forward + backward
     with pytest.raises(TypeError):
         FLOORS["forward", "bn"] = 1
+
+
+def test_what_no_cache_holds_is_read_as_often_as_it_is_needed():
+    again = {"forward": ["x"], "backward": ["x", "dy"]}
+    assert list(TWO_PASS) == list(FLOORS)
+    for fusion in FUSIONS:
+        # With a residual, its gradient is dz, which the second reading takes in dy's place.
+        forward = len(FORWARD[fusion] + again["forward"])
+        backward = len(BACKWARD[fusion] + again["backward"])
+        assert TWO_PASS["forward", fusion] == forward
+        assert TWO_PASS["forward+backward", fusion] == forward + backward
+        assert TWO_PASS["inference", fusion] == FLOORS["inference", fusion]
+
+
+def test_the_gpus_suite_has_what_its_targets_ask_for():
+    suite = GPU_SUITES["gpu"]
+    assert suite.compiled <= set(suite.cases)
+    assert set(SMALL_C) <= set(suite.cases)
+    kinds = {(case.dtype, case.layout) for case in suite.cases if case.bytes >= 100e6}
+    for dtype in (torch.bfloat16, torch.float16):
+        assert (dtype, "channels-last") in kinds
+    assert {(torch.bfloat16, "contiguous"), (torch.bfloat16, "dense")} <= kinds
+    resnet = {case.shape for case in suite.cases if case.channels_last and case.shape[0] == 256}
+    assert len(resnet) >= 9
+    assert len(set(suite.cases)) == len(suite.cases)
 
 
 def test_the_full_suite_has_the_cases_that_were_promised():
@@ -78,7 +113,11 @@ def test_the_filter_chooses_by_title_without_case():
 @pytest.mark.parametrize(
     ("suite", "text", "message"),
     [
-        ("nope", "", "There is no suite called 'nope'. Expected one of: quick, full."),
+        (
+            "nope",
+            "",
+            "There is no suite called 'nope'. Expected one of: quick, full, gpu, rehearsal.",
+        ),
         ("quick", "7x7x7x7", "has '7x7x7x7' in its name. Expected part of one of: 64x10 float32"),
         (
             "quick",

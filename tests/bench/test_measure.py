@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import itertools
 
@@ -66,16 +67,37 @@ def test_rubbish_is_collected_again_afterwards_even_when_a_call_raises():
     assert gc.isenabled()
 
 
-def test_a_device_is_waited_for_before_the_clock_starts_and_before_it_stops(monkeypatch):
+def test_another_stopwatch_times_the_calls(monkeypatch):
     machine = Machine(monkeypatch)
-    waiting = []
+    asked = []
 
-    def synchronize():
-        machine.now += sum(waiting)
-        waiting.clear()
+    def stopwatch(call, loops):
+        asked.append(loops)
+        for _ in range(loops):
+            call()
+        return 1e-3 * loops
 
-    times = rounds({"a": lambda: waiting.append(1.0)}, 3, seed=0, synchronize=synchronize)
-    assert times["a"].seconds == (1.0, 1.0, 1.0)
+    times = rounds({"a": machine.call("a", 1.0)}, 3, seed=0, stopwatch=stopwatch)
+    assert asked == [1, 3, 3, 2, 2, 2]  # 2 ms a round, of 1 ms each
+    assert times["a"].seconds == (1e-3, 1e-3, 1e-3)
+
+
+def test_what_is_entered_around_the_calls_of_a_name_is_left_before_the_next():
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def around(name):
+        inside.append(name)
+        yield
+        inside.remove(name)
+
+    def call(name):
+        return lambda: seen.append((name, list(inside)))
+
+    rounds({name: call(name) for name in "ab"}, 4, seed=0, loop_s=1e-9, around=around)
+    assert {name for name, _ in seen} == {"a", "b"}
+    assert all(entered == [name] for name, entered in seen)
+    assert inside == []
 
 
 def test_the_median_of_times():

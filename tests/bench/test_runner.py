@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from batchnorm.bench import load, runner, worker
 from batchnorm.bench.cases import SUITES
-from batchnorm.bench.environment import cache_bytes, environment, huge_pages
+from batchnorm.bench.environment import cache_bytes, environment, huge_pages, nvidia_smi
 from batchnorm.bench.runner import ALLOCATORS, MeasuringError, allocators, child_environment
 from batchnorm.bench.worker import Request
 from batchnorm.errors import ArgumentError
@@ -68,7 +69,7 @@ print(json.dumps({"event": "faults", "faults": faults()}))
 def test_other_allocators_than_glibcs_are_not_claimed_to_be_set(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert allocators("cpu") == ("default", "no page faults")
-    assert allocators("cuda") == ("default",)
+    assert allocators("cuda") == ("cold L2", "warm L2")  # torch keeps the memory of a GPU
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert allocators("cpu") == ("default",)
 
@@ -241,6 +242,35 @@ def test_the_environment_says_where_it_was_measured(tmp_path):
             (folder / name).write_text(value + "\n")
     (tmp_path / "index3").mkdir()
     assert cache_bytes(tmp_path) == {"L1": 48 << 10, "L2": 1 << 20}
+
+
+def test_a_gpu_is_described_by_torch_and_nvidia_smi(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100, 580.1, 345 MHz, 1980 MHz, 2619 MHz, 700.00 W, 31'\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    properties = types.SimpleNamespace(
+        name="NVIDIA H100",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        L2_cache_size=50 << 20,
+        total_memory=80 << 30,
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    found = environment("cuda", 0)
+    assert found["device"] == "NVIDIA H100"
+    gpu = found["gpu"]
+    assert (gpu["capability"], gpu["multiprocessors"], gpu["l2_bytes"]) == ("9.0", 132, 50 << 20)
+    assert (gpu["driver"], gpu["clock"], gpu["highest_clock"]) == ("580.1", "345 MHz", "1980 MHz")
+    assert (gpu["memory_clock"], gpu["power_limit"]) == ("2619 MHz", "700.00 W")
+    json.dumps(found)
+    command.write_text("#!/bin/sh\nexit 9\n")
+    assert nvidia_smi() == {}
 
 
 def test_huge_pages_are_as_the_system_has_them(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batchnorm import BatchNorm
-from batchnorm.bench import cases, check, measure, peers, worker
+from batchnorm.bench import cases, check, contest, device, measure, peers
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, Suite
 from batchnorm.bench.measure import Times
 from batchnorm.bench.worker import Request, work
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     suite = Suite((case,), frozenset({case}), sizes, rounds=6, processes=2, minutes=1)
     monkeypatch.setattr(cases, "SUITES", types.MappingProxyType({**SUITES, "quick": suite}))
     # Compiling takes seconds, and is left to one test.
-    monkeypatch.setattr(torch, "compile", lambda expression: expression)
+    monkeypatch.setattr(torch, "compile", lambda expression, **_: expression)
     return suite
 
 
@@ -140,7 +140,7 @@ def test_without_a_compiler_the_rest_is_measured_and_a_note_says_so(tiny, monkey
     def fail(*_):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
-    monkeypatch.setattr(torch, "compile", lambda expression: fail)
+    monkeypatch.setattr(torch, "compile", lambda expression, **_: fail)
     events = list(work(REQUEST))
     assert {row["peer"] for row in rows_of(events)} == {"torch eager"}
     notes = [event["text"] for event in events if event["event"] == "note"]
@@ -198,6 +198,133 @@ def test_torch_compile_is_compiled_and_right():
     case = Case((2, 64, 32, 32))
     problem = peers.Problem.of(case, "cpu", 0)
     contender = peers.compiled(case, "bn+add+relu", "cpu")
-    assert worker._prepared([contender], problem, "forward+backward") == []
+    assert contest.prepare([contender], problem, "forward+backward") == []
     seen = check.observe(contender, problem, "forward+backward")
     assert check.judge(seen, problem, "forward+backward", "bn+add+relu").right
+
+
+def test_cold_tensors_take_turns_and_what_cannot_be_cold_is_left_out(tiny, monkeypatch):
+    monkeypatch.setattr(device, "sets", lambda state, size, on: 3 if size == 8 * 3 * 5 * 4 else 0)
+    seen = []
+
+    def rounds(calls, number, **_):
+        for call in calls.values():
+            assert isinstance(call, device.Rotation)
+            places = {step.__closure__ and id(step) for step in call.steps}
+            assert len(places) == 3
+        inputs = set()
+        for _ in range(3):
+            calls["batchnorm"]()
+        for result in calls["batchnorm"].results:
+            y = result[0] if isinstance(result, tuple) else result
+            inputs.add(y.data_ptr())
+        seen.append(len(inputs))
+        return {name: Times((1.0,), (0.0,)) for name in calls}
+
+    monkeypatch.setattr(measure, "rounds", rounds)
+    events = list(work(dataclasses.replace(REQUEST, allocator=device.COLD)))
+    assert seen == [3] * 9  # each result in a place of its own
+    assert {row["allocator"] for row in rows_of(events)} == {"cold L2"}
+    assert not [event for event in events if event["event"] == "size"]  # of 1 KB
+
+
+def test_a_replay_counts_as_many_calls_as_were_captured(tiny, monkeypatch):
+    known = {name: Times((1e-3,), (0.0,)) for name in ("batchnorm", "copy", *peers.PEERS)}
+    monkeypatch.setattr(measure, "rounds", lambda *_, **__: known)
+    replayed = dataclasses.replace(REQUEST, allocator=device.REPLAYED)
+    monkeypatch.setattr(device, "l2_bytes", lambda _: 1 << 20)
+    assert [row["ours_us"] for row in rows_of(work(replayed))] == pytest.approx([100.0] * 18)
+
+
+def test_who_cannot_be_captured_is_left_out_and_a_note_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(device, "l2_bytes", lambda _: 1 << 20)
+    captured = device.captured
+    asked = []
+
+    def some(call, on):
+        asked.append(call)
+        if len(asked) % 4 == 3:  # after the copy and ours, the first of the peers
+            raise RuntimeError("operation not permitted\nand more")
+        return captured(call, on)
+
+    monkeypatch.setattr(device, "captured", some)
+    request = dataclasses.replace(REQUEST, text="8x3x5", allocator=device.REPLAYED)
+    events = list(work(dataclasses.replace(request, passes=("forward",))))
+    assert {row["peer"] for row in rows_of(events)} == {"torch.compile"}
+    notes = {event["text"] for event in events if event["event"] == "note"}
+    assert notes == {"torch eager cannot be captured, RuntimeError: operation not permitted"}
+
+
+def test_what_raises_is_told_and_the_next_is_measured(tiny, monkeypatch):
+    class Sometimes(BatchNorm):
+        def forward(self, x, mask=None, residual=None):
+            if residual is not None:
+                raise RuntimeError("out of resources")
+            return super().forward(x, mask)
+
+    monkeypatch.setattr(peers, "BatchNorm", Sometimes)
+    events = list(work(dataclasses.replace(REQUEST, go_on=True)))
+    assert [event for event in events if event["event"] == "failed"] == [
+        {
+            "event": "failed",
+            "what": "8x3x5 float32 contiguous, bn+add+relu",
+            "why": "RuntimeError: out of resources",
+        }
+    ]
+    assert {row["fusion"] for row in rows_of(events)} == {"bn", "bn+relu"}
+
+
+def test_checks_compare_and_do_not_time(tiny, monkeypatch):
+    monkeypatch.setattr(measure, "rounds", None)
+    request = dataclasses.replace(REQUEST, allocator=device.CHECKED, text="8x3x5")
+    events = list(work(request))
+    assert [event["event"] for event in events if event["event"] != "step"] == ["environment"]
+    monkeypatch.setattr(peers, "BatchNorm", Off)
+    failed = [event for event in work(request) if event["event"] == "failed"]
+    assert len(failed) == 6  # every pass of what is fused with relu
+    assert failed[0]["what"] == "8x3x5 float32 contiguous, forward, bn+relu"
+    assert failed[0]["why"].startswith("error 1.0e-03 in y, 3.8e-06 allowed")
+
+
+def test_processes_share_the_cases_and_measure_what_they_are_asked(tiny, monkeypatch):
+    several = tuple(Case((4, channels)) for channels in range(1, 6))
+    suite = dataclasses.replace(tiny, cases=several, compiled=frozenset(), sizes=())
+    monkeypatch.setattr(cases, "SUITES", types.MappingProxyType({"quick": suite}))
+    found = []
+    for k in range(2):
+        request = dataclasses.replace(
+            REQUEST, share=(k, 2), passes=("inference",), fusions=("bn",), peers=(peers.EAGER,)
+        )
+        rows = rows_of(work(request))
+        assert {(row["pass"], row["fusion"], row["peer"]) for row in rows} == {
+            ("inference", "bn", "torch eager")
+        }
+        found.append([row["case"] for row in rows])
+    assert found == [["4x1", "4x3", "4x5"], ["4x2", "4x4"]]
+
+
+def test_who_has_nothing_of_its_own_to_show_does_not_take_part():
+    half = Case((2, 3, 4), torch.float16)
+    assert peers.takes_part(peers.NATIVE, half, compiles=False)
+    for other in (Case((2, 3), torch.float16), Case((2, 3, 4), torch.bfloat16)):
+        assert not peers.takes_part(peers.NATIVE, other, compiles=True)
+    for name in (peers.COMPILE, peers.AUTOTUNE):
+        assert [peers.takes_part(name, half, compiles=c) for c in (True, False)] == [True, False]
+
+
+def test_torch_is_kept_from_cudnn_only_while_that_peer_is_called():
+    before = torch.backends.cudnn.enabled
+    for make, inside in ((peers.without_cudnn, False), (peers.eager, before)):
+        contender = make(Case((2, 3, 4)), "bn", "cpu")
+        with contender.settings():
+            assert torch.backends.cudnn.enabled == inside
+        assert torch.backends.cudnn.enabled == before
+
+
+def test_which_kernels_run_is_told_for_everyone(tiny):
+    request = dataclasses.replace(REQUEST, allocator=device.PROFILED, passes=("inference",))
+    profiles = [event for event in work(request) if event["event"] == "profile"]
+    by = {(p["fusion"], p["contender"]): {k["name"] for k in p["kernels"]} for p in profiles}
+    assert len(by) == 9
+    assert "aten::native_batch_norm" in by["bn", "torch eager"]
+    assert any(name.startswith("batchnorm::") for name in by["bn", "batchnorm"])

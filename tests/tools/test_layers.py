@@ -12,6 +12,7 @@ from batchnorm import (
     forward_together,
     freeze,
     pause_statistics,
+    save_memory,
     sync_statistics,
     unfreeze,
 )
@@ -58,8 +59,9 @@ TOOLS = {
     "together": lambda model: forward_together(model, []),
     "bank": lambda model: bank(model, "fake"),
     "sync": sync_statistics,
+    "memory": lambda model: save_memory(model).__enter__(),
 }
-OWN = {name: TOOLS[name] for name in ("together", "bank")}
+OWN = {name: TOOLS[name] for name in ("together", "bank", "memory")}
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)

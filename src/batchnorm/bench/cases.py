@@ -38,6 +38,23 @@ FLOORS: Mapping[tuple[str, str], int] = MappingProxyType(
     }
 )
 
+#: The same where what is needed twice comes from memory twice, as it must of a tensor that no cache
+#: holds: x once more forward; x and the cotangent (or what is left of it by relu's mask) backward.
+#: With the residual's gradient written in the first reading, the second reads that in its place.
+TWO_PASS: Mapping[tuple[str, str], int] = MappingProxyType(
+    {
+        ("forward", "bn"): 3,
+        ("forward", "bn+relu"): 3,
+        ("forward", "bn+add+relu"): 4,
+        ("forward+backward", "bn"): 3 + 5,
+        ("forward+backward", "bn+relu"): 3 + 5,
+        ("forward+backward", "bn+add+relu"): 4 + 6,
+        ("inference", "bn"): 2,
+        ("inference", "bn+relu"): 2,
+        ("inference", "bn+add+relu"): 3,
+    }
+)
+
 #: A copy reads a tensor and writes a tensor.
 COPY = 2
 
@@ -123,13 +140,14 @@ def find(name: str, text: str = "") -> Suite:
     Raises:
         ArgumentError: there is no such suite, or no such case in it.
     """
-    if name not in SUITES:
+    every = {**SUITES, **GPU_SUITES}
+    if name not in every:
         raise ArgumentError(
-            f"There is no suite called {name!r}. Expected one of: {', '.join(SUITES)}."
+            f"There is no suite called {name!r}. Expected one of: {', '.join(every)}."
         )
-    suite = SUITES[name].matching(text)
+    suite = every[name].matching(text)
     if not suite.steps:
-        known = ", ".join(case.title for case in SUITES[name].cases)
+        known = ", ".join(case.title for case in every[name].cases)
         elsewhere = "".join(
             f" The {other} suite has some: add --suite {other}."
             for other, whole in SUITES.items()
@@ -192,5 +210,62 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "quick": Suite(_QUICK, _QUICK_COMPILED, _sizes(16 << 20), 3, processes=4, minutes=1.2),
         "full": Suite(_FULL, frozenset(_FULL), _sizes(400 << 20), 5, processes=3, minutes=30),
+    }
+)
+
+
+def _images(dtype: torch.dtype, channels_last: bool, *shapes: tuple[int, int]) -> tuple[Case, ...]:
+    """Channels and side of batches of 256."""
+    return tuple(Case((256, c, side, side), dtype, channels_last) for c, side in shapes)
+
+
+_HALF, _BRAIN = torch.float16, torch.bfloat16
+
+#: What torch.compile takes part in: one of each kind.
+_GPU_COMPILED = (
+    *_images(_BRAIN, True, (256, 56), (64, 112), (512, 28), (2048, 7)),
+    *_images(_BRAIN, False, (256, 56)),
+    Case((65536, 1024), _BRAIN),
+    Case((20, 6, 65536), _HALF),
+)
+
+#: Few channels with long runs of values, where a program for each channel leaves a GPU idle.
+SMALL_C = (
+    Case((20, 6, 65536), _HALF),
+    Case((20, 6, 65536), _BRAIN),
+    Case((8, 16, 64, 64, 64), _BRAIN),
+    Case((8, 16, 64, 64, 64)),
+)
+
+#: The first are worth the most, should time run out.
+_GPU = tuple(
+    dict.fromkeys(
+        (
+            *_GPU_COMPILED,
+            *SMALL_C,
+            *_images(_HALF, True, (64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)),
+            *_images(_BRAIN, True, *_RESNET_50),
+            *_images(_BRAIN, False, (64, 112), (512, 28), (2048, 7)),
+            *_images(torch.float32, False, (64, 112), (256, 56)),
+            *_images(torch.float32, True, (256, 56)),
+            *(Case((4096, 1024), _BRAIN), Case((64, 256)), Case((64, 256, 4096), _BRAIN)),
+            # In and out of the cache: large enough for the one, small enough for the other.
+            *(Case((32, 256, 14, 14), _BRAIN, channels_last=True), Case((4096, 256), _BRAIN)),
+            *(Case((2, 64, 32, 32)), Case((2, 64, 32, 32), _BRAIN)),
+        )
+    )
+)
+
+_REHEARSED = (
+    *(Case((4, 3, 5, 5), _BRAIN, channels_last=True), Case((64, 4), _BRAIN)),
+    *(Case((3, 2, 40), _HALF), Case((4, 2))),
+)
+
+#: For a GPU, in one process each: its memory lies as it lies, and the time of a whole session is
+#: short. And the same on the CPU with almost nothing to do, to see that every part works.
+GPU_SUITES: Mapping[str, Suite] = MappingProxyType(
+    {
+        "gpu": Suite(_GPU, frozenset(_GPU_COMPILED), (), 7, processes=1, minutes=5),
+        "rehearsal": Suite(_REHEARSED, frozenset(_REHEARSED[:1]), (), 2, processes=1, minutes=1),
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +14,17 @@ import torch
 
 from batchnorm._version import __version__
 from batchnorm.kernels.select import backends
+
+#: nvidia-smi's names, and ours.
+_SMI = {
+    "name": "smi_name",
+    "driver_version": "driver",
+    "clocks.sm": "clock",
+    "clocks.max.sm": "highest_clock",
+    "clocks.mem": "memory_clock",
+    "power.limit": "power_limit",
+    "temperature.gpu": "temperature_c",
+}
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
@@ -28,6 +40,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "libc": "-".join(platform.libc_ver()),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        **({"gpu": gpu()} if device == "cuda" else {}),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -39,6 +52,47 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seed": seed,
     }
+
+
+def gpu() -> dict[str, Any]:
+    """Return what the current GPU is, what drives it, and its clocks as they are just now."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
+        **nvidia_smi(),
+    }
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Return what nvidia-smi says of the first GPU now; it is only asked. Nothing if it is silent.
+
+    The first by its own count, which need not be torch's: the name tells them apart.
+    """
+    try:
+        line = subprocess.run(  # noqa: S603 - constant arguments
+            ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(_SMI.values(), map(str.strip, line.split(",")), strict=False))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cache_bytes(folder: Path = _CACHES) -> dict[str, int]:

@@ -62,6 +62,8 @@ def rows(parts: Iterable[Row]) -> list[Row]:
                 **{key: statistics.median(part[key] for part in row) for key in _MEDIANS},
                 "status": "ok",
                 "rounds": sum(len(part["ratios"]) for part in row),
+                # On a GPU: whether torch called cuDNN.
+                **{key: row[0][key] for key in ("cudnn",) if key in row[0]},
             }
     return merged
 

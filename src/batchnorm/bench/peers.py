@@ -5,8 +5,11 @@ All of them start from the same tensors and the same parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,15 @@ from batchnorm.layers.batch_norm import BatchNorm
 OURS, EAGER, COMPILE, COPY = "batchnorm", "torch eager", "torch.compile", "copy"
 
 PEERS = (EAGER, COMPILE)
+
+#: On a GPU: torch eager kept from cuDNN where it would call that; torch.compile that tries more.
+NATIVE, AUTOTUNE = "torch eager, no cuDNN", "torch.compile, max-autotune"
+
+GPU_PEERS = (EAGER, NATIVE, COMPILE, AUTOTUNE)
+
+#: max-autotune without its CUDA graphs, which copy every argument into memory of their own at each
+#: call: inside a model they would not, and the copies would count against it here.
+_AUTOTUNE_MODE = "max-autotune-no-cudagraphs"
 
 _TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -38,12 +50,15 @@ class Problem:
     def of(cls, case: Case, device: str, seed: int) -> Problem:
         """Draw them; the same case and seed give the same tensors."""
         generator = torch.Generator().manual_seed(seed)
+        # Where they are wanted: gigabytes would be long in coming from the CPU.
+        there = torch.Generator(device).manual_seed(seed) if device != "cpu" else generator
 
         def draw(shape: tuple[int, ...]) -> Tensor:
             return torch.randn(shape, generator=generator)
 
         def data(spread: float, offset: float) -> Tensor:
-            tensor = draw(case.shape).mul_(spread).add_(offset).to(device, case.dtype)
+            tensor = torch.randn(case.shape, generator=there, device=device)
+            tensor = tensor.mul_(spread).add_(offset).to(case.dtype)
             if case.channels_last:
                 tensor = tensor.to(memory_format=torch.channels_last)
             return tensor
@@ -58,15 +73,39 @@ class Problem:
         }
         return cls(data(1.5, 0.5).requires_grad_(), data(1, 0).requires_grad_(), data(1, 0), state)
 
+    def copy(self) -> Problem:
+        """Return the same in other memory."""
+        x, residual, dy = (v.detach().clone() for v in (self.x, self.residual, self.dy))
+        return Problem(x.requires_grad_(), residual.requires_grad_(), dy, self.state)
+
+
+@contextmanager
+def _no_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a fusion, and the layer whose parameters it uses."""
+    """One way to compute a fusion, and the layer whose parameters it uses.
+
+    Attributes:
+        cudnn: whether torch may call cuDNN; it asks that of a global, see `settings`.
+    """
 
     name: str
     layer: nn.BatchNorm1d | nn.Module
     expression: Expression
     add: bool
+    cudnn: bool = field(default=True, kw_only=True)
+
+    def settings(self) -> AbstractContextManager[Any]:
+        """Return what to be in while calling it."""
+        return nullcontext() if self.cudnn else _no_cudnn()
 
     def reset(self, problem: Problem, *, training: bool) -> None:
         """Put the layer into its first state: what runs have changed is undone."""
@@ -110,9 +149,42 @@ def eager(case: Case, fusion: str, device: str) -> Contender:
     return Contender(EAGER, layer, expressions[fusion], fusion == "bn+add+relu")
 
 
+def without_cudnn(case: Case, fusion: str, device: str) -> Contender:
+    """The eager expression by torch's own kernels."""
+    plain = eager(case, fusion, device)
+    return Contender(NATIVE, plain.layer, plain.expression, plain.add, cudnn=False)
+
+
 def compiled(case: Case, fusion: str, device: str) -> Contender:
     """torch.compile of the eager expression, for this very shape. Nothing is compiled yet."""
+    return _compiled(COMPILE, None, eager(case, fusion, device))
+
+
+def autotuned(case: Case, fusion: str, device: str) -> Contender:
+    """The same, and it tries what is the fastest."""
+    return _compiled(AUTOTUNE, _AUTOTUNE_MODE, eager(case, fusion, device))
+
+
+def _compiled(name: str, mode: str | None, plain: Contender) -> Contender:
     # Graphs of other shapes would make this one's sizes symbolic, as a second shape does.
     torch.compiler.reset()
-    plain = eager(case, fusion, device)
-    return Contender(COMPILE, plain.layer, torch.compile(plain.expression), plain.add)
+    expression = torch.compile(plain.expression, mode=mode)
+    return Contender(name, plain.layer, expression, plain.add)
+
+
+MAKERS: Mapping[str, Callable[[Case, str, str], Contender]] = MappingProxyType(
+    {EAGER: eager, NATIVE: without_cudnn, COMPILE: compiled, AUTOTUNE: autotuned}
+)
+
+
+def takes_part(name: str, case: Case, *, compiles: bool) -> bool:
+    """Whether a peer has something of its own to show in a case.
+
+    Args:
+        name: of the peer.
+        case: what is measured.
+        compiles: whether there is time to compile it.
+    """
+    if name == NATIVE:  # elsewhere torch's own kernels are what it calls anyway
+        return case.dtype is not torch.bfloat16 and len(case.shape) > 2
+    return name == EAGER or compiles

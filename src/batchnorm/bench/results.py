@@ -55,7 +55,7 @@ def summarise(
         found.setdefault(event["event"], []).append(
             {key: value for key, value in event.items() if key != "event"}
         )
-    rows = _short(merge.rows(found.get("row", [])))
+    rows = short(merge.rows(found.get("row", [])))
     native = [event["native"] for event in found.get("kernels", [])]
     loads: dict[str, list[float | None]] = {"before": [], "during": []}
     for event in found.get("load", []):
@@ -67,7 +67,7 @@ def summarise(
         "command": command,
         "complete": complete,
         "environment": found["environment"][0],
-        "load": _short(loads),
+        "load": short(loads),
         "kernels": {"native": sum(native), "others": len(native) - sum(native)},
         # The same note comes from every case that it concerns.
         "notes": list(dict.fromkeys(note["text"] for note in found.get("note", []))),
@@ -75,7 +75,7 @@ def summarise(
         "copy": copies(rows),
         "worst": worst(rows),
         "rows": rows,
-        "sizes": _short(merge.sizes(found.get("size", []))),
+        "sizes": short(merge.sizes(found.get("size", []))),
     }
 
 
@@ -117,7 +117,7 @@ def geomeans(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "refused": len(groups[group]) - len(right),
                 }
             )
-    return [_short(mean) for mean in means]
+    return [short(mean) for mean in means]
 
 
 def copies(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def copies(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             **dict(zip(("pass", "fusion", "allocator"), group, strict=True)),
-            "fraction": _short(geometric_mean(shares)) if shares else None,
+            "fraction": short(geometric_mean(shares)) if shares else None,
             "cases": len(shares),
         }
         for group, shares in known.items()
@@ -258,12 +258,12 @@ def save(content: dict[str, Any], path: Path) -> list[Path]:
     return list(written)
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     """Return numbers with `DIGITS` significant digits, and None for those that JSON has not."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [short(item) for item in value]
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: short(item) for key, item in value.items()}
     return value

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from batchnorm.bench import cases, load, results, worker
-from batchnorm.bench.worker import DEFAULT, Event, Request
+from batchnorm.bench.device import COLD, WARM
+from batchnorm.bench.worker import DEFAULT, NO_FAULTS, Event, Request
 from batchnorm.errors import ArgumentError, BatchNormError
 
 DEVICES = ("cpu", "cuda")
@@ -32,7 +33,7 @@ SEED = 0
 ALLOCATORS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         DEFAULT: MappingProxyType({}),
-        "no page faults": MappingProxyType(
+        NO_FAULTS: MappingProxyType(
             {
                 "MALLOC_MMAP_THRESHOLD_": "4294967296",
                 "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -169,10 +170,11 @@ def _watched(requests: list[Request], progress: Progress) -> Iterator[Event]:
 def allocators(device: str) -> tuple[str, ...]:
     """Return the ways to allocate that can be had; other libraries than glibc have no such names.
 
-    Memory on a GPU comes from torch, which keeps it.
+    Memory on a GPU comes from torch, which keeps it; what differs there is what its cache holds.
     """
-    glibc = platform.libc_ver()[0] == "glibc"
-    return tuple(ALLOCATORS) if device == "cpu" and glibc else (DEFAULT,)
+    if device == "cuda":
+        return COLD, WARM
+    return tuple(ALLOCATORS) if platform.libc_ver()[0] == "glibc" else (DEFAULT,)
 
 
 def child_environment(allocator: str, present: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -183,7 +185,7 @@ def child_environment(allocator: str, present: Mapping[str, str] = os.environ) -
         **{name: value for name, value in present.items() if name not in ours},
         # Inductor's pool of compilers would wait beside what is measured.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        **ALLOCATORS[allocator],
+        **ALLOCATORS.get(allocator, {}),
     }
 
 

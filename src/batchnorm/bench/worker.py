@@ -11,23 +11,24 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from batchnorm.bench import cases, check, estimate, measure, peers
+from batchnorm.bench import cases, check, contest, device, estimate, peers
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SIZE_FUSION, SIZE_PASSES, Case
 from batchnorm.bench.environment import environment
 from batchnorm.bench.measure import Times
-from batchnorm.bench.peers import COMPILE, COPY, EAGER, OURS, PEERS, Contender, Problem
+from batchnorm.bench.peers import COPY, EAGER, OURS, PEERS, Contender, Problem
 
 Event = dict[str, Any]
 """`event` says what it is: environment, kernels, step (which comes first), row, size or note."""
 
-#: The allocator as it is.
-DEFAULT = "default"
+#: The allocator as it is, and where freed memory stays in the process. On a GPU, whose memory torch
+#: keeps, what is in its cache takes the allocator's place: `device.STATES`.
+DEFAULT, NO_FAULTS = "default", "no page faults"
 
 #: Page faults in a call, as a part of the pages (of 4 KB) in a tensor, that still count as none.
 FEW_FAULTS = 0.1
@@ -38,7 +39,13 @@ PAGE = 4096
 class Request:
     """What to measure; the allocator is a label here, and has been set up before.
 
+    On a GPU it is one of `device.STATES`, `device.CHECKED` or `device.PROFILED`; and so on the CPU
+    in a rehearsal.
+
     Attributes:
+        peers: who takes part beside us, where `peers.takes_part` has it so.
+        go_on: tell of what raises, and measure the next.
+        share: (k, n) is the k-th of n processes that share the cases; k from 0.
         part: which of the processes this is. The first one compares the results with float64; the
             others compute the same again.
     """
@@ -50,6 +57,11 @@ class Request:
     allocator: str
     seed: int
     part: int = 0
+    peers: Sequence[str] = PEERS
+    passes: Sequence[str] = PASSES
+    fusions: Sequence[str] = FUSIONS
+    go_on: bool = False
+    share: tuple[int, int] = (0, 1)
 
 
 def work(request: Request) -> Iterator[Event]:
@@ -58,33 +70,54 @@ def work(request: Request) -> Iterator[Event]:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     yield {"event": "environment", **environment(request.device, request.seed)}
-    for case in suite.cases:
+    first, step = request.share
+    for case in suite.cases[first::step]:
+        if not (number := device.sets(request.allocator, case.bytes, request.device)):
+            continue
         problem = Problem.of(case, request.device, request.seed)
-        for fusion in FUSIONS:
-            yield from _fusion(request, suite, case, fusion, problem)
+        problems = [problem, *(problem.copy() for _ in range(number - 1))]
+        for fusion in request.fusions:
+            try:
+                yield from _fusion(request, suite, case, fusion, problems)
+            except torch.OutOfMemoryError:
+                if not request.go_on:
+                    raise
+                yield _note(f"Not measured, for want of memory: {case.title}, {fusion}.")
+                device.release(request.device)
+            except Exception as error:
+                if not request.go_on:
+                    raise
+                why = f"{type(error).__name__}: {str(error).strip()}"[:400]
+                yield {"event": "failed", "what": f"{case.title}, {fusion}", "why": why}
+        del problem, problems
+        device.release(request.device)
     for case in suite.sizes:
-        yield from _size(request, suite, case)
+        if number := device.sets(request.allocator, case.bytes, request.device):
+            yield from _size(request, suite, case, number)
 
 
 def _fusion(
-    request: Request, suite: cases.Suite, case: Case, fusion: str, problem: Problem
+    request: Request, suite: cases.Suite, case: Case, fusion: str, problems: list[Problem]
 ) -> Iterator[Event]:
-    contenders = [make(case, fusion, request.device) for make in (peers.ours, peers.eager)]
-    if case in suite.compiled:
-        contenders.append(peers.compiled(case, fusion, request.device))
+    problem = problems[0]
+    others = [
+        peers.MAKERS[name](case, fusion, request.device)
+        for name in request.peers
+        if peers.takes_part(name, case, compiles=case in suite.compiled)
+    ]
+    ours = peers.ours(case, fusion, request.device)
+    if request.allocator == device.CHECKED:
+        yield from _checked(request, case, fusion, ours, problem)
+        return
+    if not others:
+        return
+    contenders = [ours, *others]
     if request.part == 0:
-        yield {"event": "kernels", "native": natively(contenders[0], problem)}
-    for mode in PASSES:
+        yield {"event": "kernels", "native": contest.natively(contenders[0], problem)}
+    for mode in request.passes:
         yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
-        failures = _prepared(contenders, problem, mode)
-        for failure in failures:
+        for failure in contest.prepare(contenders, problem, mode):
             yield _note(failure)
-        verdicts = {}
-        if request.part == 0:
-            for contender in contenders:
-                seen = check.observe(contender, problem, mode)
-                verdicts[contender.name] = check.judge(seen, problem, mode, fusion)
-                del seen
         known = {
             "case": case.name,
             "dtype": case.dtype_name,
@@ -93,66 +126,83 @@ def _fusion(
             "fusion": fusion,
             "allocator": request.allocator,
         }
-        times = None
-        if not verdicts or verdicts[OURS].right:
-            times = _times(request, suite, problem, contenders, mode)
-            allowed = max(1, FEW_FAULTS * case.bytes / PAGE)
-            if request.allocator != DEFAULT and _faults(times) > allowed:
-                yield _note(f"There were still page faults: {request.allocator}, {case.title}.")
-        for peer in PEERS:
-            if any(contender.name == peer for contender in contenders):
-                found = {**_errors(peer, verdicts), **_found(mode, fusion, peer, times)}
-                yield {"event": "row", **known, "peer": peer, **found}
+        if request.allocator == device.PROFILED:
+            for contender in contenders:
+                found = contest.kernels(contender, problem, mode, request.device)
+                yield {"event": "profile", **known, "contender": contender.name, "kernels": found}
+        else:
+            for event in _measured(request, suite, case, fusion, mode, contenders, problems):
+                yield {**event, **known} if event["event"] == "row" else event
 
 
-def natively(contender: Contender, problem: Problem) -> bool:
-    """Whether our C++ operators do the work, as torch's own record of a call has it."""
-    contender.reset(problem, training=True)
-    with torch.autograd.profiler.profile(use_kineto=False) as record:
-        contender.step(problem, "forward")()
-    return any(event.name.startswith("batchnorm::") for event in record.function_events)
+def _checked(
+    request: Request, case: Case, fusion: str, ours: Contender, problem: Problem
+) -> Iterator[Event]:
+    """Compare with float64 only; what is compiled for that is compiled for the other processes."""
+    for mode in request.passes:
+        yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
+        seen = check.observe(ours, problem, mode)
+        verdict = check.judge(seen, problem, mode, fusion)
+        if not verdict.right:
+            error = f"error {verdict.error:.1e} in {verdict.where}, {verdict.bound:.1e} allowed"
+            yield {"event": "failed", "what": f"{case.title}, {mode}, {fusion}", "why": error}
 
 
-def _prepared(contenders: list[Contender], problem: Problem, mode: str) -> list[str]:
-    """Call everyone once; who cannot be compiled leaves, and it says why."""
-    failures = []
-    for contender in tuple(contenders):
-        contender.reset(problem, training=mode != "inference")
-        try:
-            with torch.set_grad_enabled(mode != "inference"):
-                contender.step(problem, mode)()
-        except Exception as error:
-            if contender.name != COMPILE:
-                raise
-            # Whatever the compiler raises: the others can be measured without it.
-            contenders.remove(contender)
-            first = next(iter(str(error).splitlines()), "")
-            failures.append(f"Without torch.compile, {type(error).__name__}: {first}")
-    return failures
-
-
-def _note(text: str) -> Event:
-    return {"event": "note", "text": text}
+def _measured(
+    request: Request,
+    suite: cases.Suite,
+    case: Case,
+    fusion: str,
+    mode: str,
+    contenders: list[Contender],
+    problems: list[Problem],
+) -> Iterator[Event]:
+    """Yield what comparing and timing says of each peer."""
+    problem = problems[0]
+    verdicts = {}
+    if request.part == 0:
+        for contender in contenders:
+            with contender.settings():
+                seen = check.observe(contender, problem, mode)
+            verdicts[contender.name] = check.judge(seen, problem, mode, fusion)
+            del seen
+    times = None
+    if not verdicts or verdicts[OURS].right:
+        times, excuses = _times(request, suite, problems, contenders, mode)
+        for excuse in excuses:
+            yield _note(excuse)
+        allowed = max(1, FEW_FAULTS * case.bytes / PAGE)
+        if request.allocator == NO_FAULTS and _faults(times) > allowed:
+            yield _note(f"There were still page faults: {NO_FAULTS}, {case.title}.")
+    for contender in contenders[1:]:
+        peer = contender.name
+        if times is None or {OURS, peer} <= times.keys():
+            found = {**_errors(peer, verdicts), **_found(mode, fusion, peer, times)}
+            if request.device == "cuda":
+                found["cudnn"] = contest.calls_cudnn(contender, problem, mode)
+            yield {"event": "row", "peer": peer, **found}
 
 
 def _times(
     request: Request,
     suite: cases.Suite,
-    problem: Problem,
+    problems: list[Problem],
     contenders: list[Contender],
     mode: str,
-) -> dict[str, Times]:
-    """Time the contenders, and a copy of the same bytes among them."""
-    source = problem.x.detach()
-    target = source.clone()
-    calls: dict[str, measure.Call] = {COPY: lambda: target.copy_(source)}
-    for contender in contenders:
-        contender.reset(problem, training=mode != "inference")
-        calls[contender.name] = contender.step(problem, mode)
-    synchronize = torch.cuda.synchronize if request.device == "cuda" else lambda: None
-    seed = request.seed + request.part  # the same data, other orders
-    with torch.set_grad_enabled(mode != "inference"):
-        return measure.rounds(calls, suite.rounds, seed=seed, synchronize=synchronize)
+) -> tuple[dict[str, Times], list[str]]:
+    return contest.times(
+        contenders,
+        problems,
+        mode,
+        rounds=suite.rounds,
+        seed=request.seed + request.part,  # the same data, other orders
+        state=request.allocator,
+        on=request.device,
+    )
+
+
+def _note(text: str) -> Event:
+    return {"event": "note", "text": text}
 
 
 def _errors(peer: str, verdicts: dict[str, check.Verdict]) -> Event:
@@ -190,8 +240,9 @@ def _faults(times: dict[str, Times]) -> float:
     return statistics.median(times[OURS].faults)
 
 
-def _size(request: Request, suite: cases.Suite, case: Case) -> Iterator[Event]:
+def _size(request: Request, suite: cases.Suite, case: Case, number: int) -> Iterator[Event]:
     problem = Problem.of(case, request.device, request.seed)
+    problems = [problem, *(problem.copy() for _ in range(number - 1))]
     contenders = [make(case, SIZE_FUSION, request.device) for make in (peers.ours, peers.eager)]
     for mode in SIZE_PASSES:
         yield {"event": "step", "what": f"{case.title}, {mode}, {SIZE_FUSION}"}
@@ -200,7 +251,7 @@ def _size(request: Request, suite: cases.Suite, case: Case) -> Iterator[Event]:
             seen = check.observe(contenders[0], problem, mode)
             right = check.judge(seen, problem, mode, SIZE_FUSION).right
             del seen
-        times = _times(request, suite, problem, contenders, mode) if right else None
+        times = _times(request, suite, problems, contenders, mode)[0] if right else None
         yield {
             "event": "size",
             "case": case.name,

@@ -32,9 +32,9 @@ def add(app: typer.Typer) -> None:
         suite: Annotated[
             str,
             typer.Option(
-                metavar="quick|full",
+                metavar="quick|full|gpu",
                 help="quick takes about a minute; full, every case and torch.compile for each, "
-                "about half an hour on 2 cores (an estimate).",
+                "about half an hour on 2 cores (an estimate); gpu is for --device cuda.",
             ),
         ] = "quick",
         device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",

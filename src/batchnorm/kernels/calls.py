@@ -28,13 +28,14 @@ MASKS = (torch.bool, torch.float32, torch.float64)
 
 NOT_SERVED = -1
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: Tensors that have their values with them, and nothing besides.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def serves_buffer(buffer: Tensor | None) -> bool:
     """Whether this may be changed without autograd's knowing, or is None."""
     return buffer is None or (
-        type(buffer) in _PLAIN
+        type(buffer) in PLAIN
         and not buffer.requires_grad
         and not buffer.is_neg()
         and (not buffer.is_inference() or torch.is_inference_mode_enabled())
@@ -44,6 +45,12 @@ def serves_buffer(buffer: Tensor | None) -> bool:
 def hooked() -> bool:
     """Whether hooks see what autograd saves. They may raise: checkpointing does, to stop early."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def inexact() -> bool:
+    """Whether those will bring back an x that is only close to what was saved."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "inexact", False)
 
 
 def saves(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> bool:
@@ -63,12 +70,12 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tenso
     What is asked here decides about each call and takes 1 µs; the kernels ask the rest.
     """
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN
         and x.layout is torch.strided
         and not x.is_nested
-        and (weight is None or type(weight) in _PLAIN)
-        and (bias is None or type(bias) in _PLAIN)
-        and (residual is None or (type(residual) in _PLAIN and residual.layout is torch.strided))
+        and (weight is None or type(weight) in PLAIN)
+        and (bias is None or type(bias) in PLAIN)
+        and (residual is None or (type(residual) in PLAIN and residual.layout is torch.strided))
         and not torch.compiler.is_compiling()
         # No public names exist for these questions: is jit.trace recording, does a torch.func
         # transform run, does anyone watch or replace operations, is there a forward-mode level.

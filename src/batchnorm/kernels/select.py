@@ -10,6 +10,7 @@ statistics of the same kind.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from batchnorm.kernels import aten, blocked, calls, native, reference, triton
 from batchnorm.kernels.reference import Gradients
-from batchnorm.moments import Axes, Moments, Pool, accumulation_dtype, expand_mask
+from batchnorm.moments import (
+    Axes,
+    Moments,
+    Pool,
+    accumulation_dtype,
+    channel_axis,
+    expand_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,33 @@ def transformed(tensor: Tensor) -> bool:
 Forward = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, str]  # mutant: a type
 
 
+def in_graphs(
+    x: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> Any:
+    """The operators that take this call into a graph of torch.compile, or None."""
+    if not torch.compiler.is_compiling() or not (triton.INTERPRETED or x.is_cuda):
+        return None
+    # Transforms of torch.func take operations apart, and exported graphs go where Triton is not.
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or exported():
+        return None
+    # Here, because they import parts of the compiler.
+    from batchnorm.kernels.triton import operators
+
+    return operators if operators.serves(x, vectors, residual, eps, channel_dim) else None
+
+
+def _expanded(mask: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
+    """The mask in the shape and a dtype that the kernels read."""
+    if mask is None:
+        return None
+    mask = expand_mask(mask, x, channel_dim)
+    return mask if mask.dtype in calls.MASKS else mask.double()
+
+
 def moments(x: Tensor, mask: Tensor | None, channel_dim: Axes) -> Moments:
     """Moments of the elements of `x` that the mask counts."""
     of = blocked.moments if blocks(x) else _moments
@@ -239,6 +274,14 @@ def forward(
 ) -> Forward:
     """Normalise by the moments of `x`, or by the mean and biased variance given, constants."""
     others = (*(given or ()), weight, bias)
+    if operators := in_graphs(x, others, residual, eps, channel_dim):
+        statistics_of = given or (None, None)
+        y, statistics, total = operators.forward(
+            *(x, weight, bias, residual, _expanded(mask, x, channel_dim), *statistics_of),
+            *(eps, channel_dim, calls.ACTIVATIONS[activation]),
+        )
+        mean, var = statistics.unbind()
+        return y, total if given is None else None, mean, var, None, "triton"
     if mask is None and concrete(x) and aten.serves(x, *others, residual, channel_dim=channel_dim):
         if given is None:
             z, mean, var, invstd = aten.train(x, weight, bias, eps)
@@ -290,8 +333,28 @@ def backward(
     activation: str | None,
     channel_dim: Axes,
     pool: Pool | None = None,
+    wanted: Sequence[bool] = (True, True, True, True),
 ) -> Gradients:
-    """Gradients of `forward`, by the backend that served it where that is right."""
+    """Gradients of `forward`, by the backend that served it where that is right.
+
+    Those of x, γ, β and z that are not `wanted` need not be right.
+    """
+    if backend == "triton":
+        from batchnorm.kernels.triton import operators
+
+        channel = channel_axis(channel_dim)
+        flags = calls.ACTIVATIONS[activation]
+        flags |= calls.TRAINING if count is not None else 0
+        flags |= calls.WANT_X if wanted[0] else 0
+        flags |= calls.WANT_PARAMETERS if wanted[1] or wanted[2] else 0
+        flags |= calls.WANT_RESIDUAL if wanted[3] else 0
+        mask = _expanded(mask, x, channel)
+        dx, d_weight, d_bias, dz = operators.backward(
+            *(dy, x, None if activation is None else y, torch.stack((mean, var)), weight, mask),
+            *(count, eps, channel, flags),
+        )
+        unchanged = activation is None and mask is None
+        return Gradients(dx, d_weight, d_bias, dy if unchanged else dz)
     if backend == "aten":
         if aten.backward_serves(x):
             return aten.backward(

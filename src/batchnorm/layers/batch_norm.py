@@ -293,12 +293,13 @@ class BatchNorm(Controlled, _BatchNorm):
         running = mean, var, count
         population = sink = None
         if training:
-            if (
-                self.virtual_batch_size is not None
+            population = (
+                self._population(running, bank)
+                if self.virtual_batch_size is not None
                 or self.renorm is not None
                 or self.process_group is not None
-            ):
-                population = self._population(running, bank)
+                else None
+            )
             if self._together is not None:
                 meet = self._together(self, bank)
                 if meet is not None:
@@ -318,6 +319,8 @@ class BatchNorm(Controlled, _BatchNorm):
         )
         if refused is not None:
             self.warn_nonfinite(refused)
+        if not torch.compiler.is_compiling() and self._watched is not None:
+            self._watched(self, x, bias, residual, y)
         return y
 
     def warn_nonfinite(self, refused: Tensor, name: str | None = None) -> None:

@@ -21,7 +21,7 @@ from batchnorm.sync import WORLD, Group, Synchronizer, check_group, is_world, re
 from batchnorm.validation import Settings, check_tensors, check_virtual_batch_size
 
 #: What a layer holds only while something goes on around it: no copy of it does.
-_PASSING = ("_sync", "_bank", "_collect", "_together", "_corrections", "_banked")
+_PASSING = ("_sync", "_bank", "_collect", "_together", "_corrections", "_banked", "_watched")
 
 Collect = Callable[[Any, Any, Moments], None]
 """Takes the moments of a batch of a layer, in place of the running statistics of the layer itself
@@ -30,6 +30,9 @@ or of one of its banks, which is the second argument."""
 Together = Callable[[Any, Any], Callable[[Moments], Moments] | None]
 """Gives what turns a micro-batch's moments into those of all that pass the layer together, which
 the layer itself or one of its banks, the second argument, will take in."""
+
+Watched = Callable[[Any, Tensor, Tensor | None, Tensor | None, Tensor], None]
+"""Is told of each call: the layer, its input, β, the residual, the output."""
 
 
 class Controlled(WideStatistics):
@@ -53,6 +56,7 @@ class Controlled(WideStatistics):
     _together: Together | None
     _corrections: dict[Any, Corrections] | None
     _banked: Recall[str | None] | None
+    _watched: Watched | None
 
     def _set_free(self) -> None:
         """As if no tool had ever acted on it."""

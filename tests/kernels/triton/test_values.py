@@ -142,7 +142,9 @@ HOSTILE = {
     "first far": lambda x: x.index_fill(0, torch.zeros(1, dtype=torch.int64, device=DEVICE), 1e5),
     "last far": lambda x: x.index_fill(0, torch.full((1,), len(x) - 1, device=DEVICE), -1e5),
     "sorted": lambda x: x.sort(0)[0] * 100,
-    "two heaps": lambda x: torch.where(torch.arange(x.numel(), device=DEVICE).view_as(x) < 60, 0.1, 1e4),
+    "two heaps": lambda x: torch.where(
+        torch.arange(x.numel(), device=DEVICE).view_as(x) < 60, 0.1, 1e4
+    ),
     "constant": lambda x: torch.full_like(x, 3.7),
     "constant and far": lambda x: torch.full_like(x, 16777215.0),
     "large": lambda x: x * 1e17,

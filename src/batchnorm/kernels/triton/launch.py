@@ -7,7 +7,6 @@ device. What is not served is left untouched.
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -17,21 +16,24 @@ from torch import Tensor
 
 from batchnorm.kernels import calls
 from batchnorm.kernels.reference import LEAKY_SLOPE
+from batchnorm.kernels.triton.launcher import launch, on
 from batchnorm.kernels.triton.operand import (
-    COMPILED,
     Operand,
     doubled,
     is_counter,
     is_like,
     served,
 )
-from batchnorm.kernels.triton.plans import MERGED, power_of_two
+from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
 
 Count = float | Tensor
 
 #: Arguments of a pass that there are none of: what to merge and where to; running statistics.
 _NO_RUNNING = (None, None, None, 0.0, 0.0)
 _NO_MERGE = (None, None, None, *_NO_RUNNING)
+
+#: Channels that the one program which updates alone takes at once.
+UPDATED = 1024
 
 
 @lru_cache(maxsize=1)
@@ -40,13 +42,6 @@ def device() -> Any:
     from batchnorm.kernels.triton.device import backward, forward, moments
 
     return SimpleNamespace(backward=backward, forward=forward, moments=moments)
-
-
-def on(x: Tensor) -> Any:
-    """Triton launches on the current device: make it the tensor's."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def forward(
@@ -114,11 +109,8 @@ def _train(
         merge = statistics, count, *running, *doubled(momentum)
     if of.plan.whole:
         x, *others = data
-        device().forward.whole_kernel[(of.plan.blocks,)](
-            *(x, of.mask, *others, *merge, *doubled(eps), *of.shape),
-            **of.constants,
-            **_activation(flags),
-        )
+        args = x, of.mask, *others, *merge, *doubled(eps), *of.shape
+        _run(device().forward.whole_kernel, of, args, *_activation(flags))
     else:
         partial = _partial_moments(of)
         if of.plan.folds:
@@ -132,26 +124,31 @@ def _train(
     return statistics, known
 
 
-def _activation(flags: int) -> dict[str, Any]:
-    return {"ACTIVATION": flags & calls.ACTIVATION, "SLOPE": LEAKY_SLOPE}
+def _activation(flags: int) -> tuple[int, float]:
+    return flags & calls.ACTIVATION, LEAKY_SLOPE
+
+
+def _run(kernel: Any, of: Operand, args: tuple[Any, ...], *constants: Any) -> None:
+    """A pass, or all of it in one launch."""
+    launch(kernel, of.x, of.grid, args, (*of.constants, *constants), of.plan.warps)
+
+
+def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
+    """What merges between the passes."""
+    grid, constants = (-(-of.channels // MERGED),), (MERGED, of.plan.merged_parts)
+    args = *args, of.channels, of.plan.splits
+    launch(kernel, of.x, grid, args, constants, MERGING_WARPS)
 
 
 def _partial_moments(of: Operand) -> Tensor:
     partial = of.numbers(3, of.plan.splits, of.channels)
-    device().moments.moments_kernel[of.grid](
-        of.x, of.mask, partial, *of.shape, *of.passes, **of.constants
-    )
+    args = of.x, of.mask, partial, *of.shape, *of.passes
+    _run(device().moments.moments_kernel, of, args)
     return partial
 
 
 def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> None:
-    device().moments.finish_kernel[(-(-of.channels // MERGED),)](
-        *(partial, *merge, of.channels, of.plan.splits),
-        BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
-        **COMPILED,
-    )
+    _merge(device().moments.finish_kernel, of, (partial, *merge))
 
 
 def _normalize(
@@ -163,12 +160,8 @@ def _normalize(
     merge: tuple[Any, ...] = _NO_MERGE,
 ) -> None:
     """y by the moments given, or by those that are to be merged."""
-    device().forward.normalize_kernel[of.grid](
-        *(*data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-        BS=of.parts,
-        **of.constants,
-        **_activation(flags),
-    )
+    args = *data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits
+    _run(device().forward.normalize_kernel, of, args, of.plan.parts, *_activation(flags))
 
 
 def update(
@@ -181,16 +174,12 @@ def update(
     momentum: float,
 ) -> int:
     """The running statistics alone take the batch in; 0."""
-    together = momentum == calls.PLAIN_AVERAGE
+    running = running_mean, running_var, counter
+    args = mean, var, *_counted(count), *running, *doubled(momentum), len(running_mean)
+    block = min(UPDATED, power_of_two(len(running_mean)))
+    constants = momentum == calls.PLAIN_AVERAGE, block
     with on(mean):
-        device().moments.update_kernel[(1,)](
-            *(mean, var, *_counted(count), running_mean, running_var, counter),
-            *(*doubled(momentum), len(running_mean)),
-            TOGETHER=together,
-            BC=min(1024, power_of_two(len(running_mean))),
-            num_warps=4,
-            **COMPILED,
-        )
+        launch(device().moments.update_kernel, mean, (1,), args, constants, MERGING_WARPS)
     return 0
 
 
@@ -247,18 +236,17 @@ def backward(
     if flags & calls.WANT_PARAMETERS:
         like = weight if weight is not None else bias
         dtype = torch.float64 if like is None else like.dtype
-        d_weight, d_bias = torch.empty(2, of.channels, dtype=dtype, device=x.device).unbind()
+        d_weight, d_bias = (
+            torch.empty(of.channels, dtype=dtype, device=x.device) for _ in range(2)
+        )
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask
     channel = statistics, weight, bias
     counted = _counted(count)
     with on(x):
         if of.plan.whole and sums is None:
-            device().backward.whole_gradient_kernel[(of.plan.blocks,)](
-                *(*data, dx, dz, *channel, d_weight, d_bias, *counted, *doubled(eps), *of.shape),
-                TRAINING=training,
-                **of.constants,
-                **_activation(flags),
-            )
+            kernel = device().backward.whole_gradient_kernel
+            rest = d_weight, d_bias, *counted, *doubled(eps), *of.shape
+            _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
             return dx, dz, d_weight, d_bias, 0
         partial = None
         if dz is not None or (sums is None and (training or d_weight is not None)):
@@ -275,13 +263,10 @@ def backward(
             # rounding has changed it.
             if dz is not None and (activation < 2 or dz.dtype is torch.float32):
                 data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
-            device().backward.gradient_kernel[of.grid](
-                *(*data, dx, *channel, sums if training else None, partial, *outs),
-                *(*counted, *doubled(eps), *of.shape, *of.passes, of.plan.splits),
-                BS=of.parts,
-                **of.constants,
-                **_activation(flags),
-            )
+            given = sums if training else None, partial, *outs, *counted, *doubled(eps)
+            args = *data, dx, *channel, *given, *of.shape, *of.passes, of.plan.splits
+            kernel = device().backward.gradient_kernel
+            _run(kernel, of, args, of.plan.parts, *_activation(flags))
     return dx, dz, d_weight, d_bias, 0
 
 
@@ -320,11 +305,8 @@ def _partial_sums(
     flags: int,
 ) -> Tensor:
     partial = of.numbers(2, of.plan.splits, of.channels)
-    device().backward.sums_kernel[of.grid](
-        *(*data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes),
-        **of.constants,
-        **_activation(flags),
-    )
+    args = *data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes
+    _run(device().backward.sums_kernel, of, args, *_activation(flags))
     return partial
 
 
@@ -335,13 +317,7 @@ def _finish_sums(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    device().backward.finish_sums_kernel[(-(-of.channels // MERGED),)](
-        *(partial, sums, d_weight, d_bias, of.channels, of.plan.splits),
-        BC=MERGED,
-        BS=of.parts,
-        num_warps=4,
-        **COMPILED,
-    )
+    _merge(device().backward.finish_sums_kernel, of, (partial, sums, d_weight, d_bias))
 
 
 def backward_reduce(

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from batchnorm.kernels import calls
 from batchnorm.kernels.triton.plans import (
-    PARTS,
     STAGES,
     Arrangement,
     Plan,
     arrangement,
     plan,
-    power_of_two,
 )
 
 #: Elements; and numbers of a channel, which the kernels turn into float64.
@@ -26,10 +24,6 @@ NUMBERS = (*ELEMENTS, torch.float64)
 
 #: eps and its inverse square root must be numbers of float32 too.
 LEAST_EPS, LARGEST_EPS = 1e-30, 1e30
-
-#: What Triton would else warn of, or decide by itself: products and sums fuse; and loops keep the
-#: loads of as many tiles in flight as they say themselves.
-COMPILED = {"enable_fp_fusion": True, "num_stages": 1}
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,9 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """What every kernel is told: outer, channels and inner, the last in units."""
-        return self.lies.outer, self.lies.channels, self.lies.inner // self.plan.unit
+        """What every kernel is told: outer; channels and inner in units."""
+        of_channels, of_inner = self.plan.units
+        return self.lies.outer, self.lies.channels // of_channels, self.lies.inner // of_inner
 
     @property
     def passes(self) -> tuple[int, int, int]:
@@ -86,14 +81,10 @@ class Operand:
         return self.plan.blocks, self.plan.splits
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """What the kernels are compiled for."""
-        return constants(self.plan)
-
-    @property
-    def parts(self) -> int:
-        """How many parts are merged at once."""
-        return min(PARTS, power_of_two(self.plan.splits))
+    def constants(self) -> tuple[Any, ...]:
+        """What every kernel is compiled for: UC, UI, BO, BC, BI, RO, RI, WIDE, STAGES."""
+        cut = self.plan
+        return *cut.units, *cut.tile, *cut.in_threads, cut.wide, STAGES
 
     def numbers(self, *shape: int) -> Tensor:
         """Room for float64 numbers on x's device."""
@@ -110,30 +101,16 @@ class Operand:
         return self.like(other.dtype).copy_(other)
 
 
-@lru_cache(maxsize=1024)
-def constants(cut: Plan) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    rows, block, run = cut.tile
-    of_rows, of_run = cut.in_threads
-    return {
-        "UNIT": cut.unit,
-        "BO": rows,
-        "BC": block,
-        "BI": run,
-        "RO": of_rows,
-        "RI": of_run,
-        "WIDE": cut.wide,
-        "STAGES": STAGES,
-        "num_warps": cut.warps,
-        **COMPILED,
-    }
-
-
 @lru_cache(maxsize=64)
 def doubled(value: float) -> tuple[float, float]:
     """A number as the two float32 that a kernel can be given."""
     high = torch.tensor(value, dtype=torch.float32).item()
     return high, value - high
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether the tensor has no values, but stands for those that a graph will be given."""
+    return type(x) not in calls.PLAIN
 
 
 def served(

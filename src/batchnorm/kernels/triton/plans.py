@@ -10,32 +10,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-#: Elements of a tile, and threads' share of it: 16 elements are two or four loads of 16 bytes, and
-#: so are two accumulators of 16 registers each, which leaves a thread at 64 registers or fewer.
-TILE = 4096
-PER_THREAD = 16
+#: Bytes that a thread reads of a tile: four loads of 16. Where memory is not aligned for those, at
+#: most 16 loads: each needs an address and a comparison of its own, and 32 of them 230 registers.
+#: So a thread has 32 to 130 for aligned data, and 4 or more programs of 4 warps share a
+#: multiprocessor (tests/kernels/triton/test_ptx.py looks).
+PER_THREAD = 64
+LOADS = 16
+WARPS = 4
 
-#: Elements of a channel that one program may hold at once: 32 registers a thread for x, as many for
-#: dy, with 8 warps.
+#: Elements of a channel that one program may hold at once, with as many warps as a thread's part
+#: asks for. Where there are programs enough, each takes more than a few elements.
 WHOLE = 8192
+MOST_WARPS = 16
+FEW = 1024
 
-#: Programs of a pass: 8 for each of 132 multiprocessors, one or two waves.
-PROGRAMS = 1056
+#: Programs of a pass: 32 for each of 132 multiprocessors, of which 4 to 12 are there at a time. The
+#: last ones run while others idle, so the more there are the less that costs; and each has a start
+#: and partial sums of its own.
+PROGRAMS = 4224
 
-#: The part of a pass's bytes that its partial sums may take, 24 bytes for each channel of a tile.
+#: One in so many of a pass's bytes may be a partial sum's: 24 for each channel of a program.
 OVERHEAD = 20
 PARTIAL = 24
 
-#: Values that each program of the second pass may merge by itself, rather than a launch of its own.
-FOLD = 64
+#: Bytes that all programs of a second pass may read from the second-level cache, each merging the
+#: parts for itself: one or two microseconds' worth, and a launch that merges takes longer.
+FOLD = 8 << 20
 
-#: Channels of a program that merges alone: four float64 are a sector of memory, 32 bytes.
+#: How many numbers of each kind a program of the second pass reads at once to merge them: 8 of
+#: float64 a thread.
+PARTS = 1024
+
+#: Of a launch that only merges: channels of a program, four of which are a sector of memory; warps;
+#: and how many numbers of each kind it reads at once.
 MERGED = 4
-#: And how many parts it reads at once.
-PARTS = 256
+MERGING_WARPS = 8
+MERGED_PARTS = 4096
 
-#: Tiles whose loads are in flight: with 64 registers a thread 4 programs of 8 warps share a
-#: multiprocessor, whose loads of one tile each are 32 KB; at 3.35 TB/s and 700 ns 18 KB must be.
+#: Tiles of a program whose loads are in flight: one of 8 KB, with 4 programs on a multiprocessor,
+#: makes 32 KB; at 3.35 TB/s and 700 ns 18 KB must be. More would need shared memory.
 STAGES = 1
 
 #: A run of memory that is worth a request of its own: a line of the cache; and the least, a sector.
@@ -82,10 +95,10 @@ class Plan:
     Attributes:
         whole: a program holds all elements of its channels.
         tile: outer, channels and inner of a tile, powers of 2.
-        unit: a power of 2 that divides inner, which the kernels are compiled for.
+        units: powers of 2 that divide channels and inner, of which the kernels are to know.
         wide: indices within a tile need 64 bits.
         warps: of a program.
-        vectors: loads of 16 bytes that each thread makes of a tile.
+        loads: how many each thread makes of a tile.
         blocks: blocks of channels.
         tiles_i: tiles along inner.
         tiles: tiles of a block in all.
@@ -95,53 +108,66 @@ class Plan:
 
     whole: bool
     tile: tuple[int, int, int]
-    unit: int
+    units: tuple[int, int]
     wide: bool
     warps: int
-    vectors: int
+    loads: int
     blocks: int
-    tiles_i: int = 1
-    tiles: int = 1
-    per_split: int = 1
-    splits: int = 1
+    tiles_i: int
+    tiles: int
+    per_split: int
+    splits: int
 
     @property
     def in_threads(self) -> tuple[int, int]:
         """Into how many parts a tile is cut along outer and inner, each a load of every thread."""
         rows, _, run = self.tile
-        return (1, min(self.vectors, run)) if rows == 1 else (min(self.vectors, rows), 1)
+        return (1, min(self.loads, run)) if rows == 1 else (min(self.loads, rows), 1)
 
     @property
     def folds(self) -> bool:
         """Whether each program of the second pass merges the parts by itself."""
-        return self.splits * self.tile[1] <= FOLD
+        of_program = self.splits * self.tile[1] * PARTIAL
+        return self.blocks * self.splits * of_program <= FOLD
+
+    @property
+    def parts(self) -> int:
+        """How many parts a program of the second pass reads at once."""
+        return min(power_of_two(self.splits), max(1, PARTS // self.tile[1]))
+
+    @property
+    def merged_parts(self) -> int:
+        """How many parts a launch that only merges reads at once."""
+        return min(power_of_two(self.splits), MERGED_PARTS // MERGED)
 
 
 @lru_cache(maxsize=1024)
 def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
     """The way to cut this tensor."""
-    # The largest power of 2 that divides inner, as far as a load of 16 bytes can use it.
-    unit = min(inner & -inner, 16)
+    # The largest power of 2 that divides what is dense, as far as a load of 16 bytes can use it.
+    dense = channels if inner == 1 else inner
+    width = min(dense & -dense, 16 // itemsize)
+    units = (width, 1) if inner == 1 else (1, width)
+    per_thread = min(PER_THREAD // itemsize, LOADS * width)
+
+    def cut(tile: tuple[int, int, int], *, whole: bool, per_split: int = 1) -> Plan:
+        size = _size(tile)
+        warps = max(1, min(MOST_WARPS, size // (32 * per_thread)))
+        loads = max(1, size // (32 * warps * width))
+        blocks, tiles_i = -(-channels // tile[1]), -(-inner // tile[2])
+        tiles = -(-outer // tile[0]) * tiles_i
+        per_split = max(per_split, -(-tiles * blocks // PROGRAMS))
+        splits = -(-tiles // per_split)
+        wide = _wide(outer, channels, inner, tile)
+        cuts = blocks, tiles_i, tiles, per_split, splits
+        return Plan(whole, tile, units, wide, warps, loads, *cuts)
+
     tile = _whole_tile(outer, channels, inner, itemsize)
     if tile is not None:
-        warps = _warps(tile, 2 * PER_THREAD)
-        return Plan(
-            True, tile, unit, _wide(outer, channels, inner, tile), warps,
-            _vectors(tile, itemsize, warps), -(-channels // tile[1]),
-        )  # fmt: skip
-    tile = _tile(outer, channels, inner, itemsize)
-    blocks = -(-channels // tile[1])
-    tiles_i = -(-inner // tile[2])
-    tiles = -(-outer // tile[0]) * tiles_i
+        return cut(tile, whole=True)
+    tile = _tile(outer, channels, inner, itemsize, 32 * WARPS * per_thread)
     least = -(-OVERHEAD * PARTIAL * tile[1] // (_size(tile) * itemsize))
-    per_split = max(least, -(-tiles * blocks // PROGRAMS))
-    splits = -(-tiles // per_split)
-    warps = _warps(tile, PER_THREAD)
-    return Plan(
-        False, tile, unit, _wide(outer, channels, inner, tile), warps,
-        _vectors(tile, itemsize, warps),
-        blocks, tiles_i, tiles, per_split, splits,
-    )  # fmt: skip
+    return cut(tile, whole=False, per_split=least)
 
 
 def power_of_two(size: int) -> int:
@@ -151,14 +177,6 @@ def power_of_two(size: int) -> int:
 
 def _size(tile: tuple[int, int, int]) -> int:
     return tile[0] * tile[1] * tile[2]
-
-
-def _warps(tile: tuple[int, int, int], per_thread: int) -> int:
-    return max(1, min(8, _size(tile) // (32 * per_thread)))
-
-
-def _vectors(tile: tuple[int, int, int], itemsize: int, warps: int) -> int:
-    return max(1, _size(tile) * itemsize // (32 * warps * 16))
 
 
 def _wide(outer: int, channels: int, inner: int, tile: tuple[int, int, int]) -> bool:
@@ -175,24 +193,28 @@ def _whole_tile(
     block = min(power_of_two(channels), together)
     if rows * block * run > WHOLE:
         return None
+    while rows * block * run < FEW and channels // (2 * block) >= PROGRAMS // 4:
+        block *= 2
     return rows, block, run
 
 
-def _tile(outer: int, channels: int, inner: int, itemsize: int) -> tuple[int, int, int]:
+def _tile(
+    outer: int, channels: int, inner: int, itemsize: int, elements: int
+) -> tuple[int, int, int]:
     if inner * itemsize < SECTOR:
         run = power_of_two(inner)
         block = min(power_of_two(channels), max(1, LINE // (itemsize * run)))
     else:
-        run, block = _run(inner, itemsize), 1
-    rows = min(power_of_two(outer), max(1, TILE // (block * run)))
+        run, block = _run(inner, itemsize, elements), 1
+    rows = min(power_of_two(outer), max(1, elements // (block * run)))
     # Few rows: more channels, for a quarter of a tile at least.
-    block = min(power_of_two(channels), max(block, TILE // 4 // (rows * run)))
+    block = min(power_of_two(channels), max(block, elements // 4 // (rows * run)))
     return rows, block, run
 
 
-def _run(inner: int, itemsize: int) -> int:
+def _run(inner: int, itemsize: int, most: int) -> int:
     """The longest part of a run of which few lanes are wasted."""
-    longest = min(power_of_two(inner), TILE)
+    longest = min(power_of_two(inner), most)
     candidates = [longest]
     while candidates[-1] * itemsize > LINE:
         candidates.append(candidates[-1] // 2)

@@ -91,12 +91,13 @@ def sums_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -108,7 +109,7 @@ def sums_kernel(
     SLOPE: tl.constexpr,
 ):
     """Each program: Σdz and Σdz·x̂ of its part of its channels; and dz, where it is wanted."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     index = tl.program_id(1)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
@@ -200,26 +201,27 @@ def gradient_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
     splits,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    BS: tl.constexpr,
     RO: tl.constexpr,  # noqa: ARG001 - every kernel is told of the same cut
     RI: tl.constexpr,  # noqa: ARG001
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    BS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
     """Each program: the gradient of x in its part, in the reverse order of `sums_kernel`."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     first_c = block * BC
@@ -283,9 +285,10 @@ def whole_gradient_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
-    UNIT: tl.constexpr,
+    c_units,
+    i_units,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -298,7 +301,7 @@ def whole_gradient_kernel(
     TRAINING: tl.constexpr,
 ):
     """All gradients in one launch: x and dy are read once."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels

@@ -61,21 +61,22 @@ def normalize_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
     splits,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-    BS: tl.constexpr,
     RO: tl.constexpr,  # noqa: ARG001 - every kernel is told of the same cut
     RI: tl.constexpr,  # noqa: ARG001
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    BS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
@@ -83,7 +84,7 @@ def normalize_kernel(
 
     In the reverse order of `moments_kernel`: what that read last may still be in the cache.
     """
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     eps = double(eps_high, eps_low)
@@ -129,12 +130,23 @@ def normalize_kernel(
 
 
 @triton.jit
-def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE):
-    """A tile that holds all elements of its channels, their moments, and where they are."""
+def whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE):
+    """Where a tile lies that holds all elements of its channels, and what of it there is.
+
+    Told apart from what is read there: torch.compile takes a kernel to write whatever the place
+    that it writes to was computed from.
+    """
     o, c, i = axes(BO, BC, BI, WIDE)
+    inside = (o < outer) & (i < inner) & within(first_c, c, channels, WIDE)
+    return (o * channels + first_c + c) * inner + i, inside
+
+
+@triton.jit
+def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE):
+    """The elements of such a tile, and their moments."""
+    at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
+    o, _, i = axes(BO, BC, BI, WIDE)
     inside_oi = (o < outer) & (i < inner)
-    inside = inside_oi & within(first_c, c, channels, WIDE)
-    at = (o * channels + first_c + c) * inner + i
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if mask is None:
         n = tl.zeros([BC], tl.float64) + outer * inner
@@ -151,10 +163,12 @@ def whole_moments(x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, 
     d = tl.where(counted, apart - along(shift.to(tl.float32)), 0.0)
     m2 = total(d * d * weights, RO, RI)
     if tl.max(tl.where(finite(m2), 0, 1), axis=0) > 0:
-        # NaN, infinity, or squares beyond float32: once more, small enough.
-        d *= SMALL
-        m2 = total(d * d * weights, RO, RI) / (SMALL * SMALL)
-    return v, at, inside, n, pivot.to(tl.float64) + shift, m2
+        # NaN, infinity, or squares beyond float32: those channels once more, small enough.
+        scale = tl.where(finite(m2), 1.0, SMALL)
+        d *= along(scale)
+        unit = 1.0 / scale.to(tl.float64)
+        m2 = total(d * d * weights, RO, RI) * unit * unit
+    return v, n, pivot.to(tl.float64) + shift, m2
 
 
 @triton.jit
@@ -175,9 +189,10 @@ def whole_kernel(
     eps_high,
     eps_low,
     outer,
-    channels,
-    units,
-    UNIT: tl.constexpr,
+    c_units,
+    i_units,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -189,10 +204,11 @@ def whole_kernel(
     SLOPE: tl.constexpr,
 ):
     """Moments, running update and output in one launch: x is read once."""
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     block = tl.program_id(0)
     first_c = block * BC
-    v, at, inside, n, mean, m2 = whole_moments(
+    at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
+    v, n, mean, m2 = whole_moments(
         x, mask, first_c, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
     )
     channel = first_c + tl.arange(0, BC)
@@ -213,7 +229,7 @@ def whole_kernel(
                 taken = tl.max(sound.to(tl.int32), axis=0)
                 other = block + 1
                 while (taken == 0) & (other < tl.num_programs(0)):
-                    _, _, _, counts, means, squares = whole_moments(
+                    _, counts, means, squares = whole_moments(
                         x, mask, other * BC, outer, channels, inner, BO, BC, BI, RO, RI, WIDE
                     )
                     there = other * BC + tl.arange(0, BC) < channels

@@ -81,7 +81,7 @@ def sums_of(
         at = (first_o * channels + first_c) * inner + first_i + offsets
         v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if mask is None:
-            d = tl.where(inside, v * scale - along(pivot * scale), 0.0)
+            d = tl.where(inside, v * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d, RO, RI)
             square_sum += within_threads(d * d, RO, RI)
         else:
@@ -90,7 +90,7 @@ def sums_of(
             if seen == 0:
                 seen = tl.sum((weights > 0).to(tl.float32))
                 pivot = pivot_of(v, counted, seen, RO, RI)
-            d = tl.where(counted, v * scale - along(pivot * scale), 0.0)
+            d = tl.where(counted, v * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d * weights, RO, RI)
             square_sum += within_threads(d * d * weights, RO, RI)
             weight_sum += weights
@@ -126,14 +126,14 @@ def moments_of(
     Of n elements, t of them in the pivot's tile, (pivot − mean)² is at most n/t · var; so what
     cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
     """
-    scale = tl.full([], 1.0, tl.float32)
+    scale = tl.full([BC], 1.0, tl.float32)
     d_sum, squares, pivot, n = sums_of(
         x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
         BO, BC, BI, RO, RI, WIDE, STAGES,
     )  # fmt: skip
     if tl.max(tl.where(finite(squares), 0, 1), axis=0) > 0:
-        # NaN, infinity, or squares beyond float32: once more, small enough.
-        scale *= SMALL
+        # NaN, infinity, or squares beyond float32: those channels once more, small enough.
+        scale = tl.where(finite(squares), 1.0, SMALL)
         d_sum, squares, pivot, n = sums_of(
             x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
             BO, BC, BI, RO, RI, WIDE, STAGES,
@@ -155,12 +155,13 @@ def moments_kernel(
     mask,
     partial,  # (3, splits, channels)
     outer,
-    channels,
-    units,
+    c_units,
+    i_units,
     tiles_i,
     tiles,
     per_split,
-    UNIT: tl.constexpr,
+    UC: tl.constexpr,
+    UI: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
@@ -174,7 +175,7 @@ def moments_kernel(
     first_c = tl.program_id(0) * BC
     tile = index * per_split
     end = tl.minimum(tile + per_split, tiles)
-    inner = units * UNIT
+    channels, inner = c_units * UC, i_units * UI
     n, mean, m2 = moments_of(
         x,
         mask,

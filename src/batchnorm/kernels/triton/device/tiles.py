@@ -28,7 +28,8 @@ def axes(BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexp
     c = tl.arange(0, BC)[None, :, None]
     i = tl.arange(0, BI)[None, None, :]
     if WIDE:
-        return o.to(tl.int64), c.to(tl.int64), i.to(tl.int64)
+        # Not returned here: the compiler would go on to the other return, of another type.
+        o, c, i = o.to(tl.int64), c.to(tl.int64), i.to(tl.int64)
     return o, c, i
 
 
@@ -120,8 +121,10 @@ def split(mean):
 def parameter(pointer, c, inside, default: tl.constexpr):
     """γ or β of channels, in float64."""
     if pointer is None:
-        return tl.full(c.shape, default, tl.float64)
-    return tl.load(pointer + c, mask=inside, other=0).to(tl.float64)
+        found = tl.full(c.shape, default, tl.float64)
+    else:
+        found = tl.load(pointer + c, mask=inside, other=0).to(tl.float64)
+    return found
 
 
 @triton.jit

@@ -1,0 +1,392 @@
+"""A session on a machine with a GPU: is everything right there, is it fast, in at most 8 minutes.
+
+    make gpu                                                 or: PYTHONPATH=src python3 …/gpu.py
+    PYTHONPATH=src python3 benchmarks/gpu.py --rehearse      every part, on the CPU, on tiny tensors
+    PYTHONPATH=src python3 benchmarks/gpu.py --page          the page anew, from the file of results
+
+Needs a python with torch and triton. It says what it leaves out where pytest, NumPy, hypothesis or
+compute-sanitizer are missing, and changes no setting of the GPU. The parts are processes of their
+own with a time limit each, so that one that crashes or hangs costs no other's results; the file is
+written after each. The exit status is 1 if anything was wrong, whatever the speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.bench import gpu, worker
+from batchnorm.bench.device import CHECKED, COLD, PROFILED, REPLAYED, WARM
+from batchnorm.bench.gpu import DIED, OK, SKIPPED, STOPPED, WRONG, Part
+from batchnorm.bench.gpu_page import page
+from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, NATIVE
+from batchnorm.bench.worker import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+TESTS = Path("tests/kernels/triton")
+
+SEED = 0
+
+#: Seconds of a whole session: ten less than 8 minutes, for starting and ending.
+TOTAL_S = 470
+
+#: compute-sanitizer's tools, and its exit status when they have found something.
+TOOLS, FOUND = ("memcheck", "racecheck", "synccheck"), 9
+
+#: What the kernels' tests import.
+TESTS_NEED = ("pytest", "numpy", "hypothesis")
+
+#: In the folder of copies: all that the parts said, and all that they found, as they found it.
+LOGS = ("gpu.log", "gpu.jsonl")
+
+#: Lines of a part that failed, to be printed.
+LAST = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part to run: its command, and what its output and status say.
+
+    Attributes:
+        share: seconds that it may take; what those before it left is added.
+        judge: (status or None if time was up, lines) to how it ended and what to say.
+        environment: what is added to it.
+        missing: why it cannot be run.
+    """
+
+    name: str
+    command: Sequence[str]
+    share: float
+    judge: Callable[[int | None, list[str]], tuple[str, str]]
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+
+Stage = Sequence[Sequence[Job]]
+"""Lanes that run beside each other; a lane's jobs, one after the other, share its time."""
+
+
+class Session:
+    """Runs stages, and keeps what they find where it can be read any time."""
+
+    def __init__(self, paths: Sequence[Path], out: Path | None, *, rehearsal: bool) -> None:
+        self.paths, self.out, self.rehearsal = paths, out, rehearsal
+        self.events: list[dict[str, Any]] = []
+        self.parts: list[Part] = []
+        self.start = time.monotonic()
+        self._living: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._interrupted = False
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Run them; none takes what the ones after it need."""
+        shares = [max(sum(job.share for job in lane) for lane in stage) for stage in stages]
+        for index, stage in enumerate(stages):
+            end = self.start + TOTAL_S - sum(shares[index + 1 :])
+            with ThreadPoolExecutor(len(stage)) as pool:
+                try:
+                    list(pool.map(self._lane, stage, [end] * len(stage)))
+                except BaseException:
+                    self._interrupted = True
+                    for process in tuple(self._living):
+                        _kill(process)  # or the pool would wait for them
+                    raise
+            self.write()
+
+    def _lane(self, jobs: Sequence[Job], end: float) -> None:
+        for index, job in enumerate(jobs):
+            if self._interrupted:
+                return
+            later = sum(other.share for other in jobs[index + 1 :])
+            started = time.monotonic()
+            status, says, lines = SKIPPED, job.missing, []
+            if not job.missing:
+                code, lines = self._process(job, max(1.0, end - later - started))
+                status, says = job.judge(code, lines)
+            part = Part(job.name, status, time.monotonic() - started, says)
+            with self._lock:
+                self.parts.append(part)
+                say(f"[{time.monotonic() - self.start:3.0f} s] {part.name}: {part.status} {says}")
+                if status in (WRONG, DIED):
+                    say(*lines[-LAST:])
+                self._log(LOGS[0], f"==== {job.name}: {status}", *lines)
+
+    def _process(self, job: Job, limit: float) -> tuple[int | None, list[str]]:
+        """Run a job's process; return its status, None if time was up, and what it said."""
+        lines: list[str] = []
+        stopped = threading.Event()
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+            process = subprocess.Popen(  # noqa: S603 - this interpreter, or compute-sanitizer
+                job.command,
+                cwd=ROOT,
+                env={**os.environ, **job.environment},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,  # what it starts is stopped with it
+            )
+            self._living.add(process)
+
+            def stop() -> None:
+                stopped.set()
+                _kill(process)
+
+            timer = threading.Timer(limit, stop)
+            timer.start()
+            try:
+                for line in process.stdout or ():
+                    self._hear(line, lines)
+                status = process.wait()
+            finally:
+                timer.cancel()
+                _kill(process)
+                self._living.discard(process)
+                if process.stdout:
+                    process.stdout.close()
+            errors.seek(0)
+            said = errors.read().splitlines()
+        # Last words last: of what was stopped, where it was; else of what went wrong.
+        return (None, [*said, *lines]) if stopped.is_set() else (status, [*lines, *said])
+
+    def _hear(self, line: str, lines: list[str]) -> None:
+        """Keep an event, or words; a process that is killed may leave half a line."""
+        if not (line.startswith('{"event": ') and line.endswith("}\n")):
+            lines.append(line.rstrip())
+            return
+        event = json.loads(line)
+        if event["event"] == "step":
+            lines.append(event["what"])
+            return
+        with self._lock:
+            self.events.append(event)
+            self._log(LOGS[1], line.rstrip())
+
+    def _log(self, name: str, *lines: str) -> None:
+        if self.out:
+            with (self.out / name).open("a", encoding="utf-8") as file:
+                file.write("\n".join([*lines, ""]))
+
+    def content(self) -> dict[str, Any]:
+        """Return what was found until now."""
+        return gpu.summarise(self.events, self.parts, rehearsal=self.rehearsal)
+
+    def write(self) -> None:
+        """Write the results and the page; a reader finds the old ones or the new ones."""
+        content = self.content()
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for place, text in (
+                (path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"),
+                (path.with_suffix(".md"), page(content)),
+            ):
+                new = place.with_name(place.name + ".new")
+                new.write_text(text, encoding="utf-8")
+                new.replace(place)
+
+
+def say(*lines: str) -> None:
+    """Print them now."""
+    sys.stdout.write("\n".join([*lines, ""]))
+    sys.stdout.flush()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def measured(status: int | None, lines: list[str]) -> tuple[str, str]:
+    """How a process of the suite has ended."""
+    last = next((line for line in reversed(lines) if line), "nothing was said")
+    if status is None:
+        return STOPPED, f"at {last}"
+    return (OK, "") if status == 0 else (DIED, f"status {status}, last: {last}")
+
+
+def tested(status: int | None, lines: list[str]) -> tuple[str, str]:
+    """How pytest has ended; -v says each test's outcome in a line with a percentage."""
+    outcomes = [
+        found.group(1)
+        for line in lines
+        if "%]" in line and (found := re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line))
+    ]
+    failed = sum(outcome in ("FAILED", "ERROR") for outcome in outcomes)
+    says = f"{outcomes.count('PASSED')} passed, {failed} failed"
+    if skipped := outcomes.count("SKIPPED"):
+        says += f", {skipped} skipped"
+    if failed or status == 1:
+        return WRONG, says
+    if status is None:
+        return STOPPED, f"{says} until time was up"
+    if status or not outcomes:
+        return DIED, f"pytest ended with status {status}, {says}"
+    return OK, says
+
+
+def called(status: int | None, lines: list[str]) -> tuple[str, str]:
+    """How `small_calls.py` has ended, alone or under a tool."""
+    calls = sum(line.startswith(("right: ", "WRONG: ")) for line in lines)
+    wrong = [line for line in lines if line.startswith("WRONG: ")]
+    summary = next((line for line in lines if " SUMMARY: " in line), "")
+    says = ", ".join(filter(None, (f"{calls} calls", summary.strip("= "))))
+    if wrong:
+        return WRONG, f"{len(wrong)} of {says}; first {wrong[0]}"
+    if status is None:
+        found = any("========= Invalid" in line or "========= Error" in line for line in lines)
+        return (WRONG if found else STOPPED), f"{says} until time was up"
+    if status == FOUND:
+        return WRONG, says
+    if any("Device not supported" in line for line in lines):
+        return SKIPPED, "compute-sanitizer does not support this device"
+    return (OK, says) if status == 0 else (DIED, f"status {status}, {says}")
+
+
+def _sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+
+
+def correctness(*, rehearse: bool) -> Stage:
+    """The kernels' tests, the suite's results, small calls alone and under compute-sanitizer."""
+    tests = ROOT / (Path("tests/kernels/test_reference.py") if rehearse else TESTS)
+    missing = [name for name in TESTS_NEED if importlib.util.find_spec(name) is None]
+    excuse = f"not installed: {', '.join(missing)}" if missing else ""
+    if not tests.exists():
+        excuse = f"there is no {tests.relative_to(ROOT)}"
+    # Most of the time goes into compiling kernels, and a process compiles one at a time: a third of
+    # the cores for the tests, a third for the suite, some for the rest.
+    processes = max(1, min(6, (os.cpu_count() or 1) // 3))
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(processes)]
+    small = [sys.executable, str(ROOT / "benchmarks" / "small_calls.py")]
+    small += ["--device", "cpu", "--rehearse"] if rehearse else ["--device", "cuda"]
+    sanitizer = _sanitizer()
+    # The errors that libraries ask for, to see what a device can, are no errors.
+    options = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "20"]
+    checks = [
+        Job(
+            tool,
+            [sanitizer or "", "--tool", tool, *options, *small],
+            share,
+            called,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or it would not see where a tensor ends
+            missing="" if sanitizer and not rehearse else "there is no compute-sanitizer",
+        )
+        for tool, share in zip(TOOLS, (35, 20, 15), strict=True)
+    ]
+    suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
+    shares = [
+        Request(suite, "", device, None, CHECKED, SEED, go_on=True, share=(k, processes))
+        for k in range(processes)
+    ]
+    return (
+        [Job("tests", [*pytest, str(tests)], 105, tested, missing=excuse)],
+        # What these compile, the measurements find in Triton's cache.
+        *(
+            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 105, measured)]
+            for k, share in enumerate(shares)
+        ),
+        # The first fills Triton's cache for the others.
+        [Job("small calls", small, 35, called), *checks],
+    )
+
+
+def speed(*, rehearse: bool) -> list[Stage]:
+    """What is measured, the most wanted first."""
+    suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
+
+    def job(name: str, share: float, state: str, peers: Sequence[str], **only: Any) -> Stage:
+        request = Request(
+            suite, only.pop("text", ""), device, None, state, SEED, peers=peers, go_on=True, **only
+        )
+        return ([Job(name, worker.command(request), share, measured)],)
+
+    resnet = [sys.executable, str(ROOT / "benchmarks" / "resnet50.py"), "--device", device]
+    resnet += ["--rehearse"] if rehearse else []
+    training = ("forward", "forward+backward")
+    widest = ("bn", "bn+add+relu")
+    one = "" if rehearse else "256x256x56x56 bfloat16 channels-last"
+    return [
+        job("cold", 125, COLD, (EAGER, NATIVE)),
+        ([Job("ResNet-50", resnet, 45, measured)],),
+        job("compile", 80, COLD, (COMPILE,), passes=training, fusions=widest),
+        job("warm", 25, WARM, (EAGER, NATIVE)),
+        job("replayed", 20, REPLAYED, (EAGER, NATIVE), fusions=widest),
+        job(
+            "kernels",
+            20,
+            PROFILED,
+            (EAGER, NATIVE),
+            passes=("forward+backward", "inference"),
+            fusions=("bn+add+relu",),
+        ),
+        job("autotune", 35, COLD, (AUTOTUNE,), text=one, passes=training, fusions=widest[1:]),
+    ]
+
+
+def main() -> None:
+    """Run a session; the short table comes last."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help=f"results; {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, help="a folder for copies, and logs")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU; needs no GPU")
+    parser.add_argument("--page", action="store_true", help="only write the page anew")
+    given = parser.parse_args()
+    path = given.json or RESULTS
+    if given.page:
+        content = json.loads(path.read_text("utf-8")) if path.exists() else None
+        path.with_suffix(".md").write_text(page(content), encoding="utf-8")
+        return
+    if given.rehearse:
+        # The CPU's own kernels out of the way, Triton's on the CPU.
+        os.environ |= {"TRITON_INTERPRET": "1", "BATCHNORM_DISABLE": "native"}
+    elif not torch.cuda.is_available():
+        sys.exit(
+            f"expected a CUDA GPU and a torch built for it, found torch {torch.__version__} "
+            "without. Nothing was measured; --rehearse runs every part on the CPU."
+        )
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    paths = [] if given.rehearse and not given.json else [path]
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        paths.append(given.out / RESULTS.name)
+        for name in LOGS:
+            (given.out / name).unlink(missing_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended from outside."))
+    session = Session(paths, given.out, rehearsal=given.rehearse)
+    session.run([correctness(rehearse=given.rehearse), *speed(rehearse=given.rehearse)])
+    content = session.content()
+    say("", *gpu.table(content))
+    sys.exit(bool(content["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

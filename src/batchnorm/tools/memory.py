@@ -1,0 +1,102 @@
+"""Memory: of a layer's input and output, the graph keeps one and makes the other again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from batchnorm.errors import ArgumentError
+from batchnorm.tools.graph import UNSEEN, Keeper, unpack
+from batchnorm.tools.layers import own_batch_norms
+
+
+@dataclass
+class MemorySavings:
+    """What a `save_memory` block has not kept for the backward passes of its graphs.
+
+    Attributes:
+        layers: bytes by layer, of all its calls; 0 for a layer that saves nothing.
+        reasons: why a layer saves nothing, or nothing in some call of it.
+    """
+
+    layers: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Of all layers together."""
+        return sum(self.layers.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.bytes:,} bytes not kept"]
+        for name, number in self.layers.items():
+            reason = self.reasons.get(name)
+            lines.append(f"  {name}: {number:,}" + (f" ({reason})" if reason else ""))
+        return "\n".join(lines)
+
+
+@contextmanager
+def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings]:
+    """Graphs made within keep one of a layer's input and output, and make the other again.
+
+    Usually they keep both: the layer saves its input, and what comes next, a convolution, saves its
+    output. Values, running statistics and what is differentiated are as without; only the forward
+    pass needs to be within. `backward` may come later, twice, and be differentiated itself.
+
+    `keep="input"`: an output is made again in the backward pass, to the bit, so gradients are the
+    very same. Nothing is inverted: γ may be zero. So is what an activation makes of it as an
+    operation of its own (ReLU, leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call
+    with a residual, where that is kept anyway, as the output of every other block is.
+
+    `keep="output"`: the input is made again from the output, x̂ = (φ⁻¹(y) − β)/γ, as well as y's
+    rounding lets it be, in channels where |β/γ| + |mean|/σ is at most 8. The others, γ near zero
+    among them, keep their input. (Which those are must be read back from a GPU, once a call.) For
+    calls in training, by the batch's moments, without a mask, a residual or ghost batches, and
+    without an activation or with a fused "leaky_relu"; ReLU has no inverse.
+
+    These work as usual, and save nothing: calls with `renorm`, or with a function as `activation`;
+    a layer right after one that saves; outputs that nothing saves, or of which something saves a
+    copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint` and
+    `forward_together`; the steps of `BatchNormLSTM`, which take a slower way here. What the block
+    yields says why. In compiled code this does nothing: that goes by its own plan.
+
+    Args:
+        model: whose batch norm layers are all `BatchNorm`.
+        keep: "input" or "output".
+
+    Yields:
+        What is saved, growing with each forward pass.
+
+    Raises:
+        ArgumentError: there are no layers, or others than ours; or `keep` is something else.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchnorm import BatchNorm, save_memory
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(3, 16, 3), BatchNorm(16), nn.ReLU(), nn.Conv2d(16, 8, 3)
+        ... )
+        >>> with save_memory(model) as saved:
+        ...     loss = model(torch.randn(4, 3, 10, 10)).square().mean()
+        >>> loss.backward()
+        >>> saved.layers  # 4 · 16 · 8 · 8 numbers of 4 bytes
+        {'1': 16384}
+    """
+    if keep not in ("input", "output"):
+        raise ArgumentError(f'expected keep to be "input" or "output", got {keep!r}')
+    layers = own_batch_norms(model)
+    names = [name for name, _ in layers]
+    savings = MemorySavings(dict.fromkeys(names, 0), dict.fromkeys(names, UNSEEN))
+    keeper = Keeper(keep == "input", savings.layers, savings.reasons)
+    with ExitStack() as stack:
+        for name, layer in layers:
+            stack.callback(layer.__dict__.__setitem__, "_watched", layer.__dict__["_watched"])
+            layer.__dict__["_watched"] = partial(keeper.passed, name)
+        stack.enter_context(saved_tensors_hooks(keeper, unpack))
+        yield savings

@@ -1,0 +1,237 @@
+"""benchmarks/gpu.py, and what it runs: parts, their limits and what they are taken to say."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    # A dataclass looks its module up.
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    del sys.modules[name]
+    return module
+
+
+script, resnet50 = load("gpu"), load("resnet50")
+
+
+def job(name, code, share=60.0, judge=script.measured, **options):
+    return script.Job(name, [sys.executable, "-c", code], share, judge, **options)
+
+
+def ran(*stages, tmp_path=None):
+    session = script.Session([], tmp_path, rehearsal=True)
+    session.run(stages)
+    return session, {part.name: part for part in session.parts}
+
+
+def test_events_are_kept_and_words_are_what_a_part_ended_with():
+    code = """
+import sys
+print('{"event": "step", "what": "a case"}')
+print('{"event": "note", "text": "1x2"}')
+print('{"event": "note", "text": "half')
+print("some words")
+print("an error", file=sys.stderr)
+"""
+    session, parts = ran([[job("good", code), job("bad", code + "sys.exit(3)")]])
+    assert session.events == [{"event": "note", "text": "1x2"}] * 2
+    assert parts["good"].status == "ok"
+    assert (parts["bad"].status, parts["bad"].says) == ("died", "status 3, last: an error")
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started_and_the_rest_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "TOTAL_S", 6)
+    marker = tmp_path / "pid"
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(marker)!r}, "w").write(str(child.pid))
+print('{{"event": "note", "text": "first"}}', flush=True)
+print('{{"event": "step", "what": "the second"}}', flush=True)
+time.sleep(60)
+"""
+    start = time.monotonic()
+    after = job("after", 'print(\'{"event": "note", "text": "after"}\')', share=3)
+    session, parts = ran([[job("hangs", code, share=3)]], [[after]])
+    assert time.monotonic() - start < 20
+    assert (parts["hangs"].status, parts["hangs"].says) == ("stopped", "at the second")
+    assert parts["after"].status == "ok"
+    assert [event["text"] for event in session.events] == ["first", "after"]
+    for _ in range(100):  # until the system has taken it away
+        if not running(int(marker.read_text())):
+            return
+        time.sleep(0.1)
+    pytest.fail("what the part had started still runs")
+
+
+def running(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_lanes_run_beside_each_other_and_results_are_written_after_each_stage(tmp_path):
+    wait = "import time; time.sleep(1.5)"
+    start = time.monotonic()
+    session = script.Session([tmp_path / "deep" / "gpu.json"], tmp_path, rehearsal=True)
+    session.run([[[job("a", wait)], [job("b", wait)], [job("c", "", missing="no tool")]]])
+    assert time.monotonic() - start < 2.9
+    content = json.loads((tmp_path / "deep" / "gpu.json").read_text())
+    assert {part["name"]: part["status"] for part in content["parts"]} == {
+        "a": "ok", "b": "ok", "c": "skipped"
+    }  # fmt: skip
+    assert (tmp_path / "deep" / "gpu.md").read_text().startswith("# Batch norm on a GPU")
+    assert "==== a: ok" in (tmp_path / "gpu.log").read_text()
+
+
+PYTEST = """
+[gw0] [ 25%] PASSED tests/kernels/triton/test_a.py::test_one[x]
+tests/kernels/triton/test_a.py::test_two PASSED                  [ 50%]
+[gw1] [ 75%] {} tests/kernels/triton/test_a.py::test_three
+[gw1] [100%] SKIPPED tests/kernels/triton/test_a.py::test_four
+FAILED tests/kernels/triton/test_a.py::test_three - assert 0
+""".strip()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "expected"),
+    [
+        ("PASSED", 0, ("ok", "3 passed, 0 failed, 1 skipped")),
+        ("FAILED", 1, ("wrong", "2 passed, 1 failed, 1 skipped")),
+        ("ERROR", None, ("wrong", "2 passed, 1 failed, 1 skipped")),
+        ("PASSED", None, ("stopped", "3 passed, 0 failed, 1 skipped until time was up")),
+        ("PASSED", 4, ("died", "pytest ended with status 4, 3 passed, 0 failed, 1 skipped")),
+    ],
+)
+def test_what_pytest_says(outcome, status, expected):
+    assert script.tested(status, PYTEST.format(outcome).splitlines()) == expected
+
+
+def test_no_test_at_all_is_not_a_success():
+    assert script.tested(5, ["no tests ran"])[0] == "died"
+    assert script.tested(0, [])[0] == "died"
+
+
+UNSUPPORTED = "does not support this device"
+RIGHT = ["right: 4x3 float32, bn", "right: 4x3 float32, bn+relu"]
+
+
+@pytest.mark.parametrize(
+    ("status", "lines", "expected"),
+    [
+        (0, RIGHT, ("ok", "2 calls")),
+        (
+            0,
+            [*RIGHT, "========= ERROR SUMMARY: 0 errors"],
+            ("ok", "2 calls, ERROR SUMMARY: 0 errors"),
+        ),
+        (
+            script.FOUND,
+            ["========= Invalid __global__ read", *RIGHT, "========= ERROR SUMMARY: 3 errors"],
+            ("wrong", "2 calls, ERROR SUMMARY: 3 errors"),
+        ),
+        (None, RIGHT, ("stopped", "2 calls until time was up")),
+        (None, ["========= Invalid __global__ read"], ("wrong", "0 calls until time was up")),
+        (1, [*RIGHT, "WRONG: it"], ("wrong", "1 of 3 calls; first WRONG: it")),
+        (-11, RIGHT, ("died", "status -11, 2 calls")),
+        (255, ["Device not supported"], ("skipped", f"compute-sanitizer {UNSUPPORTED}")),
+    ],
+)  # fmt: skip
+def test_what_small_calls_and_the_sanitizer_say(status, lines, expected):
+    assert script.called(status, lines) == expected
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_a_session_fits_its_time_and_asks_for_what_there_is(rehearse):
+    stages = [script.correctness(rehearse=rehearse), *script.speed(rehearse=rehearse)]
+    assert sum(max(sum(j.share for j in lane) for lane in stage) for stage in stages) < 470
+    assert script.TOTAL_S < 8 * 60
+    for one in (j for stage in stages for lane in stage for j in lane if not j.missing):
+        assert Path(one.command[0]).exists()
+        if "batchnorm.bench.worker" in one.command:
+            request = script.Request(**json.loads(one.command[-1]))
+            assert script.worker.cases.find(request.suite, request.text).cases
+            assert request.device == ("cpu" if rehearse else "cuda")
+
+
+def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    before = {path: path.stat().st_mtime for path in (ROOT / "benchmarks/results").iterdir()}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "expected a CUDA GPU" in done.stderr
+    after = {path: path.stat().st_mtime for path in (ROOT / "benchmarks/results").iterdir()}
+    assert before == after
+
+
+@pytest.mark.slow
+def test_the_rehearsal_goes_through_every_part(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--rehearse", "--json", tmp_path / "gpu.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    skipped = {part["name"] for part in content["parts"] if part["status"] != "ok"}
+    assert skipped <= {"memcheck", "racecheck", "synccheck"}
+    assert {row["allocator"] for row in content["rows"]} == {
+        "cold L2", "warm L2", "warm L2, replayed"
+    }  # fmt: skip
+    assert {row["peer"] for row in content["rows"]} == set(script.gpu.GPU_PEERS)
+    assert content["profiles"]
+    assert content["resnet"]["right"]
+    assert (content["wrong"], content["rehearsal"]) == ([], True)
+    assert done.stdout.splitlines()[-1] == "nothing was wrong"
+
+
+def test_it_is_the_network_that_everybody_calls_resnet_50():
+    model = resnet50.resnet(resnet50.Plain, resnet50.Size())
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 53
+
+
+def test_its_networks_start_alike_and_differ_in_rounding_only():
+    trainings = [
+        resnet50.Training(norm, resnet50.REHEARSED, "cpu")
+        for norm in (resnet50.Plain, resnet50.InPlace, resnet50.Fused)
+    ]
+    states = [training.model.state_dict() for training in trainings]
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name])
+        assert torch.equal(value, states[2][name])
+    losses = [
+        torch.nn.functional.cross_entropy(training.model(training.x), training.labels)
+        for training in trainings
+    ]
+    # In float32: some forty layers, a few roundings of 2⁻²⁴ each.
+    plain, in_place, fused = (float(loss.detach()) for loss in losses)
+    assert in_place == plain
+    assert fused == pytest.approx(plain, rel=1e-4)
+    sum(losses).backward()
+    gradients = [[p.grad for p in training.model.parameters()] for training in trainings]
+    for plain, in_place, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(in_place, plain)
+        torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
