@@ -292,7 +292,7 @@ def test_same_call_same_bits(cut, shape):
 
 
 def test_same_bits_where_a_gpu_runs_many_programs_at_once():
-    x, dy = normal(3000, 5), normal(3000, 5)
+    x, dy = normal(2500, 5), normal(2500, 5)
     run = lambda: triton.forward(*(x, *[None] * 7, 0.1, EPS, 1), calls.TRAINING)  # noqa: E731
     y, statistics, count, _ = run()
     gradients = lambda: triton.backward(  # noqa: E731

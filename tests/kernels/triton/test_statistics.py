@@ -28,10 +28,10 @@ def same(one, other):
 @pytest.mark.parametrize("momentum", [0.1, None, 0, 1])
 @pytest.mark.parametrize("steps", [0, 1, 10])
 def test_evaluation_after_some_steps(cut, momentum, steps):
-    bn = layer(9, momentum=momentum)
+    bn = layer(5, momentum=momentum)
     mean, var = oracle.wide(bn.running_mean), oracle.wide(bn.running_var)
     for step in range(steps):
-        x = normal(6, 9) * 2 + 3
+        x = normal(6, 5) * 2 + 3
         bn(x)
         share = 1 / (step + 1) if momentum is None else momentum
         mean, var = oracle.running(mean, var, oracle.forward(x), share)
@@ -42,7 +42,7 @@ def test_evaluation_after_some_steps(cut, momentum, steps):
     assert abs(oracle.wide(bn.running_var) - var).max() <= bound
     before = state(bn)
     bn.eval()
-    x = normal(6, 9).requires_grad_()
+    x = normal(6, 5).requires_grad_()
     want = oracle.forward(x, given=(bn.running_mean, bn.running_var)).y
     for y in (bn(x), bn(x.detach())):
         assert abs(oracle.wide(y) - want).max() <= 1e-6 * (1 + abs(want).max())
@@ -50,10 +50,8 @@ def test_evaluation_after_some_steps(cut, momentum, steps):
 
 
 @each_path
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize(
-    "bad", [[0], [19], range(8), range(4), range(4, 20), range(19), range(20)], ids=str
-)
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("bad", [[0], range(8), range(4, 20), range(19), range(20)], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_what_is_not_finite_is_not_taken_in(cut, value, bad, momentum):
     """Channel by channel, unless in a plain average, which has one count for all of them."""
@@ -101,7 +99,7 @@ def test_too_few_elements_for_a_variance(cut, counted, momentum):
 
 
 @each_path
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 7), (2, 5, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 7)], ids=str)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_what_a_mask_leaves_out_may_be_anything(cut, shape, with_residual):
     mask = counts(shape)
@@ -112,7 +110,7 @@ def test_what_a_mask_leaves_out_may_be_anything(cut, shape, with_residual):
     results = []
     for junk, of_loss in ((0.0, 0.0), (NAN, 0.0), (INF, 0.0), (1e38, 0.0), (NAN, NAN), (0.0, INF)):
         leaf = x.masked_fill(out, junk).requires_grad_()
-        bn = layer(5, activation="leaky_relu")
+        bn = layer(shape[1], activation="leaky_relu")
         y = bn(leaf, mask, residual)
         leaves = [leaf, bn.weight, bn.bias, *([residual] if with_residual else [])]
         grads = torch.autograd.grad(y, leaves, dy.masked_fill(out, of_loss))
@@ -123,8 +121,8 @@ def test_what_a_mask_leaves_out_may_be_anything(cut, shape, with_residual):
 
 
 @each_path
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("value", [NAN, -INF])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 7)], ids=str)
 def test_what_is_not_finite_stays_in_its_channel(cut, value, activation, shape):
     x, dy, residual = (normal(*shape) for _ in range(3))
