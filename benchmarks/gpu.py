@@ -236,7 +236,7 @@ def tested(status: int | None, lines: list[str]) -> tuple[str, str]:
     says = f"{outcomes.count('PASSED')} passed, {failed} failed"
     if skipped := outcomes.count("SKIPPED"):
         says += f", {skipped} skipped"
-    if failed or status == 1:
+    if failed:
         return WRONG, says
     if status is None:
         return STOPPED, f"{says} until time was up"
@@ -276,9 +276,9 @@ def correctness(*, rehearse: bool) -> Stage:
     excuse = f"not installed: {', '.join(missing)}" if missing else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
-    # Most of the time goes into compiling kernels, and a process compiles one at a time: a third of
-    # the cores for the tests, a third for the suite, some for the rest.
-    processes = max(1, min(6, (os.cpu_count() or 1) // 3))
+    # Most of the time goes into compiling kernels, and a process compiles one at a time: so many
+    # for the tests, as many for the suite, and a quarter of the cores for the rest.
+    processes = max(1, min(6, (os.cpu_count() or 1) * 3 // 8))
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(processes)]
@@ -362,8 +362,10 @@ def main() -> None:
         path.with_suffix(".md").write_text(page(content), encoding="utf-8")
         return
     if given.rehearse:
-        # The CPU's own kernels out of the way, Triton's on the CPU.
+        # The CPU's own kernels out of the way, Triton's on the CPU; and no threads for tensors so
+        # small that they would only wait for each other.
         os.environ |= {"TRITON_INTERPRET": "1", "BATCHNORM_DISABLE": "native"}
+        os.environ["OMP_NUM_THREADS"] = "1"
     elif not torch.cuda.is_available():
         sys.exit(
             f"expected a CUDA GPU and a torch built for it, found torch {torch.__version__} "

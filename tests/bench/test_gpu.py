@@ -164,6 +164,9 @@ def test_the_page_has_every_case_with_its_state_and_who_ran():
     cold, warm = text.partition("## Every case: cold L2")[2].split("## Every case: warm L2")
     assert f"| {case.title} | forward | bn | 1000.0 | 400.0 | 75% | 3.00 (3.00 to 3.00) |" in cold
     assert "1.50 (1.50 to 1.50)" in cold
+    assert "cuDNN" not in cold
+    half = row(case, "forward", "bn", EAGER, dtype="float16", cudnn=True)
+    assert "2.00 (2.00 to 2.00), cuDNN" in gpu_page.page(summarised([PLACE, half]))
     assert "4.00 (4.00 to 4.00)" in warm
     assert "moments_kernel 12.3" in text
     assert "triton: serves eager calls on CUDA GPUs" in text

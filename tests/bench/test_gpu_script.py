@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -78,6 +77,19 @@ time.sleep(60)
     pytest.fail("what the part had started still runs")
 
 
+def test_in_a_lane_none_takes_the_time_of_the_next(monkeypatch):
+    monkeypatch.setattr(script, "TOTAL_S", 6)
+    _, parts = ran(
+        [
+            [
+                job("hangs", "import time; time.sleep(60)", share=3),
+                job("after", "import time; time.sleep(1.5)", 3),
+            ]
+        ]
+    )
+    assert [part.status for part in parts.values()] == ["stopped", "ok"]
+
+
 def running(pid):
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -115,6 +127,7 @@ FAILED tests/kernels/triton/test_a.py::test_three - assert 0
         ("FAILED", 1, ("wrong", "2 passed, 1 failed, 1 skipped")),
         ("ERROR", None, ("wrong", "2 passed, 1 failed, 1 skipped")),
         ("PASSED", None, ("stopped", "3 passed, 0 failed, 1 skipped until time was up")),
+        ("PASSED", 1, ("died", "pytest ended with status 1, 3 passed, 0 failed, 1 skipped")),
         ("PASSED", 4, ("died", "pytest ended with status 4, 3 passed, 0 failed, 1 skipped")),
     ],
 )
@@ -189,7 +202,6 @@ def test_the_rehearsal_goes_through_every_part(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "gpu.json").read_text())
@@ -235,3 +247,22 @@ def test_its_networks_start_alike_and_differ_in_rounding_only():
     for plain, in_place, fused in zip(*gradients, strict=True):
         torch.testing.assert_close(in_place, plain)
         torch.testing.assert_close(fused, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_nothing_but_torch_is_needed():
+    code = """
+import runpy, sys
+for name in ("rich", "typer", "numpy", "matplotlib", "pytest", "hypothesis", "jinja2", "psutil"):
+    sys.modules[name] = None  # importing it raises
+for name in ("gpu", "resnet50", "small_calls"):
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_path(f"benchmarks/{name}.py", run_name="__main__")
+    except SystemExit as left:
+        assert not left.code
+from batchnorm.bench import cases, worker
+request = worker.Request("rehearsal", "4x2 ", "cpu", None, "warm L2", 0, go_on=True)
+assert "row" in [event["event"] for event in worker.work(request)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -153,8 +153,9 @@ def test_an_error_of_ours_is_not_hidden(tiny, monkeypatch):
             raise RuntimeError("ours")
 
     monkeypatch.setattr(peers, "BatchNorm", Broken)
-    with pytest.raises(RuntimeError, match="ours"):
-        list(work(REQUEST))
+    for part in ("8x3x5", "4x64x1x1"):
+        with pytest.raises(RuntimeError, match="ours"):
+            list(work(dataclasses.replace(REQUEST, text=part)))
 
 
 def test_page_faults_that_should_not_be_are_noted(tiny, monkeypatch):
@@ -210,8 +211,8 @@ def test_cold_tensors_take_turns_and_what_cannot_be_cold_is_left_out(tiny, monke
     def rounds(calls, number, **_):
         for call in calls.values():
             assert isinstance(call, device.Rotation)
-            places = {step.__closure__ and id(step) for step in call.steps}
-            assert len(places) == 3
+            assert len(set(map(id, call.steps))) == 3
+            assert None not in call.results  # their memory is there
         inputs = set()
         for _ in range(3):
             calls["batchnorm"]()
@@ -319,6 +320,25 @@ def test_torch_is_kept_from_cudnn_only_while_that_peer_is_called():
         with contender.settings():
             assert torch.backends.cudnn.enabled == inside
         assert torch.backends.cudnn.enabled == before
+
+
+def test_a_peer_is_timed_in_its_own_settings(tiny, monkeypatch):
+    seen = set()
+
+    class Layer(torch.nn.BatchNorm1d):
+        def forward(self, x):
+            seen.add(torch.backends.cudnn.enabled)
+            return super().forward(x)
+
+    monkeypatch.setitem(peers._TORCH, 3, Layer)
+    case = Case((8, 3, 5))
+    problem = peers.Problem.of(case, "cpu", 0)
+    for make, enabled in ((peers.without_cudnn, False), (peers.eager, True)):
+        seen.clear()
+        contest.times(
+            [make(case, "bn", "cpu")], [problem], "forward", rounds=2, seed=0, state="", on="cpu"
+        )
+        assert seen == {enabled}
 
 
 def test_which_kernels_run_is_told_for_everyone(tiny):

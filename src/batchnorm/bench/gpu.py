@@ -125,7 +125,7 @@ def _place(content: dict[str, Any]) -> Iterator[str]:
     )
     if speed := content["copy_speed"]:
         yield f"copy: {speed['bytes_per_second'] / 1e12:.2f} TB/s ({speed['case']})"
-    if ours := [ran for ran in content["profiles"] if ran["contender"] == OURS]:
+    if gpu and (ours := [ran for ran in content["profiles"] if ran["contender"] == OURS]):
         own = sum(any(kernel["name"].isidentifier() for kernel in ran["kernels"]) for ran in ours)
         yield f"our own kernels ran in {own} of {len(ours)} profiled calls"
 

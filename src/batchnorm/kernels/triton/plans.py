@@ -13,7 +13,7 @@ from functools import lru_cache
 #: Bytes that a thread reads of a tile: four loads of 16. Where memory is not aligned for those, at
 #: most 16 loads: each needs an address and a comparison of its own, and 32 of them 230 registers.
 #: So a thread has 32 to 130 for aligned data, and 4 or more programs of 4 warps share a
-#: multiprocessor (tests/kernels/triton/test_ptx.py looks).
+#: multiprocessor (tests/kernels/triton_code/test_ptx.py looks).
 PER_THREAD = 64
 LOADS = 16
 WARPS = 4
