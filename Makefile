@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= batchnorm-lab/convergence
 
-.PHONY: demo docs site browser evidence test quick lint format mutants sanitize bench gpu clean
+.PHONY: demo docs site browser evidence test interpreted quick lint format mutants sanitize bench gpu clean
 
 demo: $(VENV)/lab.stamp
 	$(BIN)/batchnorm lab run --profile quick --out $(OUT)
@@ -38,6 +38,11 @@ evidence: $(VENV)/lab.stamp
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) interpreted
+
+# The Triton kernels' tests without a GPU, in Triton's interpreter.
+interpreted: $(VENV)/dev.stamp
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton
 
 quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -49,7 +49,7 @@ class Operand:
         if lies is None:
             return cls.of(x.contiguous(), channel_dim, mask)
         if mask is not None:
-            mask = mask.permute(lies.order).contiguous()
+            mask = mask.resolve_neg().permute(lies.order).contiguous()
             mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
         cut = plan(lies.outer, lies.channels, lies.inner, x.element_size())
         return cls(x, mask, lies, cut)
@@ -117,7 +117,7 @@ def served(
     x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, channel_dim: int, flags: int
 ) -> bool:
     """Whether the kernels can do this: axes, options, one group, a number for each channel."""
-    if x.dim() < 2 or x.numel() == 0 or not -x.dim() <= channel_dim < x.dim():
+    if x.dim() < 2 or x.numel() == 0 or x.is_neg() or not -x.dim() <= channel_dim < x.dim():
         return False
     size = flags >> calls.GROUP_BIT
     samples = x.shape[0 if channel_dim % x.dim() else 1]
@@ -137,12 +137,18 @@ def is_vector(vector: Tensor, x: Tensor, channel_dim: int) -> bool:
         and vector.device == x.device
         and vector.dtype in NUMBERS
         and vector.is_contiguous()
+        and not vector.is_neg()
     )
 
 
 def is_like(tensor: Tensor, x: Tensor) -> bool:
     """Whether this has a number for each element, where the kernels can read it."""
-    return tensor.shape == x.shape and tensor.device == x.device and tensor.dtype in ELEMENTS
+    return (
+        tensor.shape == x.shape
+        and tensor.device == x.device
+        and tensor.dtype in ELEMENTS
+        and not tensor.is_neg()
+    )
 
 
 def is_counter(counter: Tensor, x: Tensor) -> bool:
