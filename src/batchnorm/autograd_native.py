@@ -238,7 +238,8 @@ def _of_groups(kept: list[Any], channels: int, size: int) -> tuple[Tensor, Tenso
 
 
 def _moments_of(mean: Tensor, var: Tensor, count: Count) -> Moments:
-    known = count if isinstance(count, Tensor) else mean.new_tensor(count)
+    # Filled in place, which is no wait for the device.
+    known = count if isinstance(count, Tensor) else mean.new_full((), count)
     return Moments(known, mean, var * count)
 
 

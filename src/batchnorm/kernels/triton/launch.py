@@ -24,7 +24,7 @@ from batchnorm.kernels.triton.operand import (
     is_like,
     served,
 )
-from batchnorm.kernels.triton.plans import MERGED, MERGING_WARPS, power_of_two
+from batchnorm.kernels.triton.plans import power_of_two
 
 Count = float | Tensor
 
@@ -32,8 +32,8 @@ Count = float | Tensor
 _NO_RUNNING = (None, None, None, 0.0, 0.0)
 _NO_MERGE = (None, None, None, *_NO_RUNNING)
 
-#: Channels that the one program which updates alone takes at once.
-UPDATED = 1024
+#: Channels that the one program which updates alone takes at once, 8 of a thread, and its warps.
+UPDATED, UPDATING_WARPS = 1024, 4
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +64,7 @@ def forward(
     """
     training = bool(flags & calls.TRAINING)
     if (
-        not served(x, (weight, bias, running_mean, running_var), eps, channel_dim, flags)
+        not served(x, mask, (weight, bias, running_mean, running_var), eps, channel_dim, flags)
         or not (residual is None or is_like(residual, x))
         or not (counter is None or is_counter(counter, x))
         or (running_mean is None) != (running_var is None)
@@ -135,13 +135,12 @@ def _run(kernel: Any, of: Operand, args: tuple[Any, ...], *constants: Any) -> No
 
 def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
     """What merges between the passes."""
-    grid, constants = (-(-of.channels // MERGED),), (MERGED, of.plan.merged_parts)
     args = *args, of.channels, of.plan.splits
-    launch(kernel, of.x, grid, args, constants, MERGING_WARPS)
+    launch(kernel, of.x, (of.channels,), args, (1, of.plan.merged_parts), of.plan.merging_warps)
 
 
 def _partial_moments(of: Operand) -> Tensor:
-    partial = of.numbers(3, of.plan.splits, of.channels)
+    partial = of.numbers(3, of.channels, of.plan.splits)
     args = of.x, of.mask, partial, *of.shape, *of.passes
     _run(device().moments.moments_kernel, of, args)
     return partial
@@ -179,7 +178,7 @@ def update(
     block = min(UPDATED, power_of_two(len(running_mean)))
     constants = momentum == calls.PLAIN_AVERAGE, block
     with on(mean):
-        launch(device().moments.update_kernel, mean, (1,), args, constants, MERGING_WARPS)
+        launch(device().moments.update_kernel, mean, (1,), args, constants, UPDATING_WARPS)
     return 0
 
 
@@ -191,7 +190,7 @@ def moments(
     x: Tensor, mask: Tensor | None, channel_dim: int, flags: int
 ) -> tuple[Tensor | None, Count, int]:
     """The statistics alone, and the total weight behind them."""
-    if not served(x, (), 1.0, channel_dim, flags):
+    if not served(x, mask, (), 1.0, channel_dim, flags):
         return None, 0.0, calls.NOT_SERVED
     of = Operand.of(x, channel_dim, mask)
     statistics = of.numbers(2, of.channels)
@@ -223,7 +222,7 @@ def backward(
     With the sums of all who share the moments given, dx is by those, and γ and β get none.
     """
     activation, training = flags & calls.ACTIVATION, bool(flags & calls.TRAINING)
-    if not _fits(dy, x, y, statistics, weight, bias, eps, channel_dim, flags) or (
+    if not _fits(dy, x, y, statistics, weight, bias, mask, eps, channel_dim, flags) or (
         flags & calls.WANT_RESIDUAL and activation and y is None
     ):
         return None, None, None, None, calls.NOT_SERVED
@@ -277,12 +276,13 @@ def _fits(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None,
     eps: float,
     channel_dim: int,
     flags: int,
 ) -> bool:
     return (
-        served(x, (weight, bias), eps, channel_dim, flags)
+        served(x, mask, (weight, bias), eps, channel_dim, flags)
         and is_like(dy, x)
         and (y is None or is_like(y, x))
         and statistics.shape == (2, x.shape[channel_dim])
@@ -304,7 +304,7 @@ def _partial_sums(
     eps: float,
     flags: int,
 ) -> Tensor:
-    partial = of.numbers(2, of.plan.splits, of.channels)
+    partial = of.numbers(2, of.channels, of.plan.splits)
     args = *data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes
     _run(device().backward.sums_kernel, of, args, *_activation(flags))
     return partial
@@ -333,7 +333,7 @@ def backward_reduce(
     flags: int,
 ) -> tuple[Tensor | None, int]:
     """The first half alone: Σdz and Σdz·x̂ of each channel, float64, for `backward` to be given."""
-    if not _fits(dy, x, y, statistics, weight, bias, eps, channel_dim, flags):
+    if not _fits(dy, x, y, statistics, weight, bias, mask, eps, channel_dim, flags):
         return None, calls.NOT_SERVED
     of = Operand.of(x, channel_dim, mask)
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -47,7 +48,7 @@ class Operand:
         """Read x and a mask that has its shape with one channel; copy what is not dense."""
         lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
         if lies is None:
-            return cls.of(x.contiguous(), channel_dim, mask)
+            return cls.of(x.clone(), channel_dim, mask)  # dense, its axes in the same order
         if mask is not None:
             mask = mask.resolve_neg().permute(lies.order).contiguous()
             mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
@@ -96,7 +97,8 @@ class Operand:
 
     def arranged(self, other: Tensor) -> Tensor:
         """The same values, lying as x does."""
-        if other.stride() == self.x.stride():
+        sizes = zip(self.x.shape, self.x.stride(), other.stride(), strict=True)
+        if all(ours == theirs for size, ours, theirs in sizes if size != 1):
             return other
         return self.like(other.dtype).copy_(other)
 
@@ -104,7 +106,7 @@ class Operand:
 @lru_cache(maxsize=64)
 def doubled(value: float) -> tuple[float, float]:
     """A number as the two float32 that a kernel can be given."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = ctypes.c_float(value).value
     return high, value - high
 
 
@@ -114,7 +116,12 @@ def recorded(x: Tensor) -> bool:
 
 
 def served(
-    x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, channel_dim: int, flags: int
+    x: Tensor,
+    mask: Tensor | None,
+    vectors: tuple[Tensor | None, ...],
+    eps: float,
+    channel_dim: int,
+    flags: int,
 ) -> bool:
     """Whether the kernels can do this: axes, options, one group, a number for each channel."""
     if x.dim() < 2 or x.numel() == 0 or x.is_neg() or not -x.dim() <= channel_dim < x.dim():
@@ -123,6 +130,7 @@ def served(
     samples = x.shape[0 if channel_dim % x.dim() else 1]
     return (
         (size == 0 or size >= samples)
+        and (mask is None or mask.device == x.device)
         and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
         and LEAST_EPS <= eps <= LARGEST_EPS
         and all(v is None or is_vector(v, x, channel_dim) for v in vectors)

@@ -33,7 +33,7 @@ def serves(
         and x.dtype in ELEMENTS
         and (residual is None or residual.dtype in ELEMENTS)
         and (triton.INTERPRETED or _fits(x.device))
-        and served(x, vectors, eps, channel_dim, 0)
+        and served(x, None, vectors, eps, channel_dim, 0)
     )
 
 
@@ -95,7 +95,7 @@ def _backward(
 
 def _dense(x: Tensor) -> Tensor:
     """x without gaps, which is how the outputs will lie."""
-    return x if torch.empty_like(x).stride() == x.stride() else x.contiguous()
+    return x if torch.empty_like(x).stride() == x.stride() else x.clone()
 
 
 def _forward_shapes(

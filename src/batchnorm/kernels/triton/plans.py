@@ -41,10 +41,7 @@ FOLD = 8 << 20
 #: float64 a thread.
 PARTS = 1024
 
-#: Of a launch that only merges: channels of a program, four of which are a sector of memory; warps;
-#: and how many numbers of each kind it reads at once.
-MERGED = 4
-MERGING_WARPS = 8
+#: The same of a launch that only merges, a program for each channel; 16 of a thread.
 MERGED_PARTS = 4096
 
 #: Tiles of a program whose loads are in flight: one of 8 KB, with 4 programs on a multiprocessor,
@@ -138,7 +135,12 @@ class Plan:
     @property
     def merged_parts(self) -> int:
         """How many parts a launch that only merges reads at once."""
-        return min(power_of_two(self.splits), MERGED_PARTS // MERGED)
+        return min(power_of_two(self.splits), MERGED_PARTS)
+
+    @property
+    def merging_warps(self) -> int:
+        """Warps of a program that only merges."""
+        return max(1, self.merged_parts // (32 * 16))
 
 
 @lru_cache(maxsize=1024)

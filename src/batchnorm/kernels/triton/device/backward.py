@@ -14,6 +14,7 @@ from batchnorm.kernels.triton.device.tiles import (
     finite,
     inverse_std,
     or_one,
+    sizes,
     split,
     start,
     total,
@@ -101,7 +102,7 @@ def sums_kernel(
     statistics,
     weight,
     bias,
-    partial,  # (2, splits, channels)
+    partial,  # (2, channels, splits)
     eps_high,
     eps_low,
     outer,
@@ -123,7 +124,7 @@ def sums_kernel(
     SLOPE: tl.constexpr,
 ):
     """Each program: Σdz and Σdz·x̂ of its part of its channels; and dz, where it is wanted."""
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     index = tl.program_id(1)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
@@ -150,7 +151,7 @@ def sums_kernel(
         if dz_out is not None:
             tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
     stride = tl.num_programs(1).to(tl.int64) * channels
-    to = partial + index.to(tl.int64) * channels + channel
+    to = partial + channel.to(tl.int64) * tl.num_programs(1) + index
     of_dz = total(dz_sum, 1, 1)
     tl.store(to, of_dz, mask=known)
     of_lever = lever(total(distance_sum, 1, 1), of_dz, rest, invstd)
@@ -165,7 +166,7 @@ def added(partial, c, inside, channels, splits, BS: tl.constexpr):
     stride = (tl.full([], 0, tl.int64) + splits) * channels
     for first in range(0, splits, BS):
         s = first + tl.arange(0, BS)
-        at = partial + s.to(tl.int64)[:, None] * channels + c[None, :]
+        at = partial + c.to(tl.int64)[None, :] * splits + s[:, None]
         there = (s < splits)[:, None] & inside[None, :]
         dz_sum += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
         lever_sum += tl.sum(tl.load(at + stride, mask=there, other=0.0), axis=0)
@@ -234,7 +235,7 @@ def gradient_kernel(
     SLOPE: tl.constexpr,
 ):
     """Each program: the gradient of x in its part, in the reverse order of `sums_kernel`."""
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     first_c = block * BC
@@ -309,7 +310,7 @@ def whole_gradient_kernel(
     TRAINING: tl.constexpr,
 ):
     """All gradients in one launch: x and dy are read once."""
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels

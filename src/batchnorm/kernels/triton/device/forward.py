@@ -14,6 +14,7 @@ from batchnorm.kernels.triton.device.tiles import (
     inverse_std,
     or_one,
     parameter,
+    sizes,
     split,
     start,
     total,
@@ -88,7 +89,7 @@ def normalize_kernel(
 
     In the reverse order of `moments_kernel`: what that read last may still be in the cache.
     """
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     eps = double(eps_high, eps_low)
@@ -208,7 +209,7 @@ def whole_kernel(
     SLOPE: tl.constexpr,
 ):
     """Moments, running update and output in one launch: x is read once."""
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     block = tl.program_id(0)
     first_c = block * BC
     at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)

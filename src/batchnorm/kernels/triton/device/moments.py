@@ -11,6 +11,7 @@ from batchnorm.kernels.triton.device.tiles import (
     elements_before,
     finite,
     or_one,
+    sizes,
     start,
     total,
     weights_at,
@@ -25,6 +26,9 @@ MIN_COUNT = tl.constexpr(2.0)
 #: can be added: 2⁻⁷⁸ would do for one.
 SMALL = tl.constexpr(2.0**-90)
 
+#: In standard deviations; the pivot of ordinary data is a fraction of one away. A choice.
+FAR = tl.constexpr(4.0)
+
 
 @triton.jit
 def pivot_of(values, counted, found, RO: tl.constexpr, RI: tl.constexpr):
@@ -35,9 +39,21 @@ def pivot_of(values, counted, found, RO: tl.constexpr, RI: tl.constexpr):
 
 
 @triton.jit
+def read_tile(x, tile, first_c, outer, channels, inner, tiles_i, there, offsets, o, i, WIDE):
+    """A tile as it lies in memory, if it is there at all."""
+    BO: tl.constexpr = o.shape[0]
+    BI: tl.constexpr = i.shape[2]
+    first_o, first_i = start(tile, tiles_i, BO, BI)
+    inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
+    at = (first_o * channels + first_c) * inner + first_i + offsets
+    return tl.load(x + at, mask=inside_oi & there, other=0.0)
+
+
+@triton.jit
 def sums_of(
     x,
     mask,
+    pivot,
     scale,
     first_c,
     begin,
@@ -53,10 +69,11 @@ def sums_of(
     RI: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    KNOWN: tl.constexpr,
 ):
     """Σd and Σd² of the tiles from `begin` to before `end`, d = scale · (x − pivot), and the pivot.
 
-    The pivot is the mean of the first tile that has an element. Also Σw, with a mask.
+    If it is not known: about the mean of the first tile that has an element. Also Σw, with a mask.
     """
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
@@ -64,40 +81,44 @@ def sums_of(
     d_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
     square_sum = tl.zeros([BO // RO, BC, BI // RI], tl.float32)
     weight_sum = tl.zeros([BO, 1, BI], tl.float32)
-    pivot = tl.zeros([BC], tl.float32)
     seen = tl.full([], 0.0, tl.float32)
-    if mask is None:
+    v = read_tile(x, begin, first_c, outer, channels, inner, tiles_i, inside_c, offsets, o, i, WIDE)
+    if (mask is None) and (not KNOWN):
         first_o, first_i = start(begin, tiles_i, BO, BI)
         inside = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE) & inside_c
-        at = (first_o * channels + first_c) * inner + first_i + offsets
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         found = elements_before(begin + 1, tiles_i, outer, inner, BO, BI)
         found -= elements_before(begin, tiles_i, outer, inner, BO, BI)
-        pivot = pivot_of(v, inside, found.to(tl.float32), RO, RI)
+        pivot = pivot_of(v.to(tl.float32), inside, found.to(tl.float32), RO, RI)
     for tile in tl.range(begin, end, num_stages=STAGES):
+        # The next tile is on its way while this one is added up.
+        there = inside_c & (tile + 1 + 0 * c < end)
+        following = read_tile(
+            x, tile + 1, first_c, outer, channels, inner, tiles_i, there, offsets, o, i, WIDE
+        )
         first_o, first_i = start(tile, tiles_i, BO, BI)
         inside_oi = within(first_o, o, outer, WIDE) & within(first_i, i, inner, WIDE)
-        inside = inside_oi & inside_c
-        at = (first_o * channels + first_c) * inner + first_i + offsets
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        counted = inside_oi & inside_c
+        u = v.to(tl.float32)
         if mask is None:
-            d = tl.where(inside, v * along(scale) - along(pivot * scale), 0.0)
+            d = tl.where(counted, u * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d, RO, RI)
             square_sum += within_threads(d * d, RO, RI)
         else:
             weights = weights_at(mask, first_o, first_i, o, i, inner, inside_oi)
-            counted = inside & (weights > 0)
-            if seen == 0:
-                seen = tl.sum((weights > 0).to(tl.float32))
-                pivot = pivot_of(v, counted, seen, RO, RI)
-            d = tl.where(counted, v * along(scale) - along(pivot * scale), 0.0)
+            counted = counted & (weights > 0)
+            if not KNOWN:
+                if seen == 0:
+                    seen = tl.sum((weights > 0).to(tl.float32))
+                    pivot = pivot_of(u, counted, seen, RO, RI)
+            d = tl.where(counted, u * along(scale) - along(pivot * scale), 0.0)
             d_sum += within_threads(d * weights, RO, RI)
             square_sum += within_threads(d * d * weights, RO, RI)
             weight_sum += weights
+        v = following
     return (
         total(d_sum, 1, 1),
         total(square_sum, 1, 1),
-        pivot.to(tl.float64),
+        pivot,
         tl.sum(weight_sum.to(tl.float64)),
     )
 
@@ -123,38 +144,44 @@ def moments_of(
 ):
     """Count, mean and m2 of the tiles from `begin` to before `end`, for BC channels.
 
-    Of n elements, t of them in the pivot's tile, (pivot − mean)² is at most n/t · var; so what
-    cancels in Σd² − (Σd)²/n is bounded by the number of tiles, whatever the data are.
+    Where the pivot turns out to be more than `FAR` from the mean, or the squares too large for
+    float32, the sums are taken once more, from the mean found and small enough. So no more than
+    1 + FAR² roundings of Σd² are lost to Σd² − (Σd)²/n, whatever the data are.
     """
     scale = tl.full([BC], 1.0, tl.float32)
+    pivot = tl.zeros([BC], tl.float32)
     d_sum, squares, pivot, n = sums_of(
-        x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
-        BO, BC, BI, RO, RI, WIDE, STAGES,
+        x, mask, pivot, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+        BO, BC, BI, RO, RI, WIDE, STAGES, False,
     )  # fmt: skip
-    if tl.max(tl.where(finite(squares), 0, 1), axis=0) > 0:
-        # NaN, infinity, or squares beyond float32: those channels once more, small enough.
-        scale = tl.where(finite(squares), 1.0, SMALL)
-        d_sum, squares, pivot, n = sums_of(
-            x, mask, scale, first_c, begin, end, outer, channels, inner, tiles_i,
-            BO, BC, BI, RO, RI, WIDE, STAGES,
-        )  # fmt: skip
     if mask is None:
         first = elements_before(begin, tiles_i, outer, inner, BO, BI)
         n = (elements_before(end, tiles_i, outer, inner, BO, BI) - first).to(tl.float64)
     # No division for each channel: every thread makes those of all its channels.
+    share = 1.0 / or_one(n)
+    moved = d_sum * d_sum * share
+    far = moved > FAR * FAR * (squares - moved)
+    if tl.max(tl.where(far | ~finite(squares), 1, 0), axis=0) > 0:
+        better = (pivot.to(tl.float64) + d_sum * share).to(tl.float32)
+        pivot = tl.where(finite(better), better, pivot)
+        scale = tl.where(finite(squares), 1.0, SMALL)
+        d_sum, squares, pivot, _ = sums_of(
+            x, mask, pivot, scale, first_c, begin, end, outer, channels, inner, tiles_i,
+            BO, BC, BI, RO, RI, WIDE, STAGES, True,
+        )  # fmt: skip
     unit = tl.where(scale == 1.0, 1.0, 1.0 / SMALL).to(tl.float64)
-    shift = d_sum * unit * (1.0 / or_one(n))
+    shift = d_sum * unit * share
     n += tl.zeros([BC], tl.float64)
     m2 = squares * unit * unit - n * shift * shift
     # Not maximum, which need not pass NaN on.
-    return n, pivot + shift, tl.where(m2 < 0, 0.0, m2)
+    return n, pivot.to(tl.float64) + shift, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
 def moments_kernel(
     x,
     mask,
-    partial,  # (3, splits, channels)
+    partial,  # (3, channels, splits)
     outer,
     c_units,
     i_units,
@@ -176,7 +203,7 @@ def moments_kernel(
     first_c = tl.program_id(0) * BC
     tile = index * per_split
     end = tl.minimum(tile + per_split, tiles)
-    channels, inner = c_units * UC, i_units * UI
+    channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     n, mean, m2 = moments_of(
         x,
         mask,
@@ -198,7 +225,7 @@ def moments_kernel(
     c = first_c + tl.arange(0, BC)
     inside = c < channels
     stride = tl.num_programs(1).to(tl.int64) * channels
-    at = partial + index.to(tl.int64) * channels + c
+    at = partial + c.to(tl.int64) * tl.num_programs(1) + index
     tl.store(at, n, mask=inside)
     tl.store(at + stride, mean, mask=inside)
     tl.store(at + 2 * stride, m2, mask=inside)
@@ -214,7 +241,7 @@ def merged(partial, c, inside, channels, splits, BS: tl.constexpr):
     stride = (tl.full([], 0, tl.int64) + splits) * channels
     for first in range(0, splits, BS):
         s = first + tl.arange(0, BS)
-        at = partial + s.to(tl.int64)[:, None] * channels + c[None, :]
+        at = partial + c.to(tl.int64)[None, :] * splits + s[:, None]
         there = (s < splits)[:, None] & inside[None, :]
         counts = tl.load(at, mask=there, other=0.0)
         means = tl.load(at + stride, mask=there, other=0.0)

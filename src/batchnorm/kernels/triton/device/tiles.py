@@ -34,6 +34,16 @@ def axes(BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
+def sizes(c_units, i_units, UC: tl.constexpr, UI: tl.constexpr, WIDE: tl.constexpr):
+    """Channels and inner, which may need 64 bits where their units do not."""
+    channels, inner = c_units * UC, i_units * UI
+    if WIDE:
+        zero = tl.full([], 0, tl.int64)  # a size that is 1 comes as a constant
+        channels, inner = (zero + c_units) * UC, (zero + i_units) * UI
+    return channels, inner
+
+
+@triton.jit
 def start(tile, tiles_i, BO: tl.constexpr, BI: tl.constexpr):
     """The first outer and the first inner index of a tile."""
     zero = tl.full([], 0, tl.int64)
