@@ -24,16 +24,27 @@ import torch
 import oracle
 from batchnorm import batch_norm
 from batchnorm.kernels import triton
-from batchnorm.kernels.triton import launch, operand, plans
+from batchnorm.kernels.triton import operand, plans
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton.INTERPRETED else "cpu"
 EPS = 1e-5
 SUMS = 8
 ELEMENT = 8
 
-#: Tiny tiles, so that tiny tensors have several along each axis, the last ones ragged; parts are
-#: merged four at a time, and channels two at a time where they are merged alone.
-TINY = {"WHOLE": 0, "TILE": 32, "LINE": 16, "SECTOR": 8, "OVERHEAD": 0, "PARTS": 4, "MERGED": 2}
+#: Tiny tiles, of 32 or 64 elements, so that tiny tensors have several along each axis, the last ones
+#: ragged; parts are merged four at a time.
+TINY = {
+    "WHOLE": 0,
+    "WARPS": 1,
+    "LOADS": 1,
+    "PER_THREAD": 4,
+    "LINE": 16,
+    "SECTOR": 8,
+    "OVERHEAD": 0,
+    "FOLDED": 2**10,
+    "PARTS": 4,
+    "MERGED_PARTS": 4,
+}
 
 #: Ways to cut: how many tiles make a program, whether indices within a tile take 64 bits.
 CUTS = {
@@ -51,9 +62,7 @@ PATHS = ["whole", "folded, of 3 tiles, wide", "finished"]
 def cut(monkeypatch, per_split=None, wide=None, **constants):
     """Have tensors cut by other constants, or for other programs."""
     for name, value in constants.items():
-        for module in (plans, operand, launch):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(plans, name, value)
 
     def plan(*sizes):
         made = plans.plan.__wrapped__(*sizes)

@@ -36,6 +36,9 @@ PARTIAL = 24
 #: Bytes that all programs of a second pass may read from the second-level cache, each merging the
 #: parts for itself: one or two microseconds' worth, and a launch that merges takes longer.
 FOLD = 8 << 20
+#: And channels of such a program: of more, the merge takes registers from all that follows (168
+#: instead of 80 at 64 channels).
+FOLDED = 4
 
 #: How many numbers of each kind a program of the second pass reads at once to merge them: 8 of
 #: float64 a thread.
@@ -125,7 +128,7 @@ class Plan:
     def folds(self) -> bool:
         """Whether each program of the second pass merges the parts by itself."""
         of_program = self.splits * self.tile[1] * PARTIAL
-        return self.blocks * self.splits * of_program <= FOLD
+        return self.tile[1] <= FOLDED and self.blocks * self.splits * of_program <= FOLD
 
     @property
     def parts(self) -> int:
