@@ -31,8 +31,8 @@ EPS = 1e-5
 SUMS = 8
 ELEMENT = 8
 
-#: Tiny tiles, of 32 or 64 elements, so that tiny tensors have several along each axis, the last ones
-#: ragged; parts are merged four at a time.
+#: Tiny tiles, of 32 or 64 elements, so that tiny tensors have several along each axis, the last
+#: ones ragged; parts are merged four at a time.
 TINY = {
     "WHOLE": 0,
     "WARPS": 1,
