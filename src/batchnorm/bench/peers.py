@@ -81,12 +81,15 @@ class Problem:
 
 @contextmanager
 def _no_cudnn() -> Iterator[None]:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
+    cudnn = torch.backends.cudnn
+    # All of them are named: what is not, it sets to a default of its own.
+    with cudnn.flags(
+        enabled=False,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    ):
         yield
-    finally:
-        torch.backends.cudnn.enabled = before
 
 
 @dataclass(frozen=True)
