@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchnorm.bench import gpu, gpu_page
 from batchnorm.bench.cases import FUSIONS, GPU_SUITES, PASSES
-from batchnorm.bench.gpu import DIED, OK, STOPPED, WRONG, Part
+from batchnorm.bench.gpu import DIED, OK, SKIPPED, STOPPED, WRONG, Part
 from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, GPU_PEERS, NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def session(**changed):
 
 
 NAMES = ("tests", "small calls", "memcheck", "racecheck", "synccheck", "cold", "ResNet-50")
-NAMES += (*(f"suite, {k}/6" for k in range(1, 7)), "compile", "warm", "replayed", "kernels")
+NAMES += (*(f"suite, {k}/8" for k in range(1, 9)), "compile", "warm", "replayed", "kernels")
 PARTS = [Part(name, OK, 12.3, "") for name in NAMES]
 
 
@@ -134,6 +134,29 @@ def test_what_was_wrong_is_told_and_nothing_else():
         f"{case.title}, inference, bn: error NaN in dx, at most 4.0e-03 allowed",
         "ResNet-50: losses [6.9, 6.91] of ours and torch's differ",
     ]
+
+
+def test_a_session_that_did_not_get_to_see_whether_we_are_right_is_no_success():
+    stopped = Part("suite, 1/8", STOPPED, 105, "at a case", proves=True)
+    content = summarised([PLACE], [stopped, Part("cold", STOPPED, 1, "at a case")])
+    assert (content["wrong"], content["complete"]) == ([], False)
+    assert content["unproven"] == ["suite, 1/8 stopped: at a case"]
+    assert gpu.table(content)[-2:] == [
+        "NOT PROVEN: suite, 1/8 stopped: at a case",
+        "0 wrong, 1 not proven",
+    ]
+
+
+def test_what_was_not_finished_is_named_where_nothing_was_wrong():
+    parts = [
+        Part("tests", SKIPPED, 0, "not installed: pytest", proves=True),
+        Part("memcheck", SKIPPED, 0, "there is no compute-sanitizer"),
+        Part("suite, 1/1", OK, 1, "", proves=True),
+        Part("warm", STOPPED, 1, "at a case"),
+    ]
+    content = summarised([PLACE], parts)
+    assert (content["wrong"], content["unproven"]) == ([], [])
+    assert gpu.table(content)[-1] == "nothing was wrong in what ran; not finished: tests; warm"
 
 
 def test_the_page_has_every_case_with_its_state_and_who_ran():

@@ -73,9 +73,11 @@ class Problem:
         }
         return cls(data(1.5, 0.5).requires_grad_(), data(1, 0).requires_grad_(), data(1, 0), state)
 
-    def copy(self) -> Problem:
-        """Return the same in other memory."""
-        x, residual, dy = (v.detach().clone() for v in (self.x, self.residual, self.dy))
+    def copy(self, device: str | None = None) -> Problem:
+        """Return the same in other memory, of another device if one is given."""
+        x, residual, dy = (
+            v.detach().to(device or v.device, copy=True) for v in (self.x, self.residual, self.dy)
+        )
         return Problem(x.requires_grad_(), residual.requires_grad_(), dy, self.state)
 
 
