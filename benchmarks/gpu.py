@@ -98,8 +98,15 @@ Stage = Sequence[Sequence[Job]]
 class Session:
     """Runs stages, and keeps what they find where it can be read any time."""
 
-    def __init__(self, paths: Sequence[Path], out: Path | None, *, rehearsal: bool) -> None:
-        self.paths, self.out, self.rehearsal = paths, out, rehearsal
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        out: Path | None,
+        *,
+        rehearsal: bool,
+        checked: Path | None = None,
+    ) -> None:
+        self.paths, self.out, self.rehearsal, self.checked = paths, out, rehearsal, checked
         self.events: list[dict[str, Any]] = []
         self.parts: list[Part] = []
         self.start = time.monotonic()
@@ -203,6 +210,9 @@ class Session:
         with self._lock:
             self.events.append(event)
             self._log(LOGS[1], line.rstrip())
+            if self.checked and event["event"] == "checked":
+                with self.checked.open("a", encoding="utf-8") as file:
+                    file.write(line)
 
     def _log(self, name: str, *lines: str) -> None:
         if self.out:
@@ -346,31 +356,40 @@ def correctness(*, rehearse: bool) -> Stage:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or it would not see where a tensor ends
             missing="" if sanitizer and not rehearse else "there is no compute-sanitizer",
         )
-        for tool, share in zip(TOOLS, (35, 20, 15), strict=True)
+        for tool, share in zip(TOOLS, (40, 25, 25), strict=True)
     ]
     shares = [
         Request(suite, "", device, None, CHECKED, SEED, go_on=True, share=(k, processes))
         for k in range(processes)
     ]
     return (
-        [Job("tests", [*pytest, str(tests)], 105, tested, missing=excuse, proves=True)],
+        [Job("tests", [*pytest, str(tests)], 135, tested, missing=excuse, proves=True)],
         # What these compile, the measurements find in Triton's cache.
         *(
-            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 105, checked, proves=True)]
+            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 135, checked, proves=True)]
             for k, share in enumerate(shares)
         ),
         # The first fills Triton's cache for the others.
-        [Job("small calls", small, 35, called, proves=True), *checks],
+        [Job("small calls", small, 45, called, proves=True), *checks],
     )
 
 
-def speed(*, rehearse: bool) -> list[Stage]:
-    """What is measured, the most wanted first."""
+def speed(*, rehearse: bool, checked: Path) -> list[Stage]:
+    """What is measured, the most wanted first; what the file has is not compared again."""
     suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
 
     def job(name: str, share: float, state: str, peers: Sequence[str], **only: Any) -> Stage:
         request = Request(
-            suite, only.pop("text", ""), device, None, state, SEED, peers=peers, go_on=True, **only
+            suite,
+            only.pop("text", ""),
+            device,
+            None,
+            state,
+            SEED,
+            peers=peers,
+            go_on=True,
+            checked=str(checked),
+            **only,
         )
         return ([Job(name, worker.command(request), share, measured)],)
 
@@ -380,7 +399,7 @@ def speed(*, rehearse: bool) -> list[Stage]:
     widest = ("bn", "bn+add+relu")
     one = "" if rehearse else "256x256x56x56 bfloat16 channels-last"
     return [
-        job("cold", 125, COLD, (EAGER, NATIVE)),
+        job("cold", 95, COLD, (EAGER, NATIVE)),
         ([Job("ResNet-50", resnet, 45, measured)],),
         job("compile", 80, COLD, (COMPILE,), passes=training, fusions=widest),
         job("warm", 25, WARM, (EAGER, NATIVE)),
@@ -439,8 +458,11 @@ def main() -> None:
         filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended from outside."))
-    session = Session(paths, given.out, rehearsal=given.rehearse)
-    session.run([correctness(rehearse=given.rehearse), *speed(rehearse=given.rehearse)])
+    with tempfile.TemporaryDirectory() as folder:
+        checked = Path(folder, "checked.jsonl")
+        session = Session(paths, given.out, rehearsal=given.rehearse, checked=checked)
+        rehearse = given.rehearse
+        session.run([correctness(rehearse=rehearse), *speed(rehearse=rehearse, checked=checked)])
     content = session.content()
     say("", *gpu.table(content))
     sys.exit(bool(content["wrong"] or content["unproven"]))

@@ -200,7 +200,8 @@ def test_what_small_calls_and_the_sanitizer_say(status, lines, expected):
 
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_a_session_fits_its_time_and_asks_for_what_there_is(rehearse):
-    stages = [script.correctness(rehearse=rehearse), *script.speed(rehearse=rehearse)]
+    measuring = script.speed(rehearse=rehearse, checked=Path("x"))
+    stages = [script.correctness(rehearse=rehearse), *measuring]
     shares = sum(max(sum(j.share for j in lane) for lane in stage) for stage in stages)
     assert shares < script.TOTAL_S <= 460
     proving = {j.name.split(",")[0] for stage in stages for lane in stage for j in lane if j.proves}
@@ -260,6 +261,19 @@ def test_small_calls_leave_the_device_what_is_ours_and_judge_on_the_cpu(monkeypa
     case = small_calls.Case((2, 3, 4, 4), channels_last=True)
     assert all(right for _, right in small_calls.by_the_suite(case, "meta"))
     assert set(seen) == {("observe", "meta"), ("judge", "cpu")}
+
+
+def test_what_was_checked_goes_to_those_who_measure(tmp_path):
+    file = tmp_path / "checked.jsonl"
+    session = script.Session([], None, rehearsal=True, checked=file)
+    lines = ['{"event": "checked", "error": 1}\n', '{"event": "note", "text": "a"}\n']
+    for line in lines:
+        session._hear(line, [])
+    assert file.read_text() == lines[0]
+    for stage in script.speed(rehearse=True, checked=file):
+        command = stage[0][0].command
+        if "batchnorm.bench.worker" in command:
+            assert script.Request(**json.loads(command[-1])).checked == str(file)
 
 
 def test_what_looks_like_an_event_and_is_none_is_kept_as_words():
@@ -341,6 +355,14 @@ def test_it_is_the_network_that_everybody_calls_resnet_50():
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 53
+
+
+def test_losses_of_every_step_must_be_alike():
+    theirs = [7.0, 6.5, 6.0]
+    assert resnet50.alike([7.1, 6.7, 5.8], theirs)
+    assert not resnet50.alike([7.0, 6.5, 7.0], theirs)  # as without a gradient
+    assert not resnet50.alike([7.3, 6.5, 6.0], theirs)
+    assert not resnet50.alike([7.0, float("nan"), 6.0], theirs)
 
 
 def test_its_networks_start_alike_and_differ_in_rounding_only():

@@ -103,7 +103,11 @@ def _wrong(content: dict[str, Any]) -> Iterator[str]:
             f"{error} in {row['error_where']}, at most {row['error_bound']:.1e} allowed"
         )
     if content["resnet"] and not content["resnet"]["right"]:
-        yield f"ResNet-50: losses {content['resnet']['losses']} of ours and torch's differ"
+        by_step = [
+            f"{who} {' '.join('NaN' if loss is None else f'{loss:.3f}' for loss in losses)}"
+            for who, losses in content["resnet"]["losses"].items()
+        ]
+        yield f"ResNet-50, losses by step: {', '.join(by_step)}"
 
 
 def table(content: dict[str, Any]) -> list[str]:

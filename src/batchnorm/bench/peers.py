@@ -6,10 +6,9 @@ All of them start from the same tensors and the same parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +80,9 @@ class Problem:
         return Problem(x.requires_grad_(), residual.requires_grad_(), dy, self.state)
 
 
-@contextmanager
-def _no_cudnn() -> Iterator[None]:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
+def raised_by(name: str) -> str:
+    """The note that an exception of this contender has."""
+    return f"raised by {name}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +99,18 @@ class Contender:
     add: bool
     cudnn: bool = field(default=True, kw_only=True)
 
-    def settings(self) -> AbstractContextManager[Any]:
-        """Return what to be in while calling it."""
-        return nullcontext() if self.cudnn else _no_cudnn()
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """What to be in while calling it; what it raises then gets a note that names it."""
+        before = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = before and self.cudnn
+        try:
+            yield
+        except Exception as error:
+            error.add_note(raised_by(self.name))
+            raise
+        finally:
+            torch.backends.cudnn.enabled = before
 
     def reset(self, problem: Problem, *, training: bool) -> None:
         """Put the layer into its first state: what runs have changed is undone."""
