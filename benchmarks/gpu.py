@@ -7,7 +7,8 @@
 Needs a python with torch and triton. It says what it leaves out where pytest, NumPy, hypothesis or
 compute-sanitizer are missing, and changes no setting of the GPU. The parts are processes of their
 own with a time limit each, so that one that crashes or hangs costs no other's results; the file is
-written after each. The exit status is 1 if anything was wrong, whatever the speed.
+written after each. The exit status is 1 if anything was wrong, or the kernels' tests, the suite's
+results or the small calls were not finished, whatever the speed.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from typing import Any
 import torch
 
 from batchnorm.bench import gpu, worker
+from batchnorm.bench.cases import GPU_SUITES
 from batchnorm.bench.device import CHECKED, COLD, PROFILED, REPLAYED, WARM
 from batchnorm.bench.gpu import DIED, OK, SKIPPED, STOPPED, WRONG, Part
 from batchnorm.bench.gpu_page import page
 from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, NATIVE
 from batchnorm.bench.worker import Request
+from batchnorm.kernels import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -46,11 +49,16 @@ TESTS = Path("tests/kernels/triton")
 
 SEED = 0
 
-#: Seconds of a whole session: ten less than 8 minutes, for starting and ending.
-TOTAL_S = 470
+#: Seconds of a whole session: twenty less than 8 minutes, for importing torch and ending.
+TOTAL_S = 460
 
 #: compute-sanitizer's tools, and its exit status when they have found something.
 TOOLS, FOUND = ("memcheck", "racecheck", "synccheck"), 9
+
+#: What the tools say of something that they have found, warnings left out.
+REPORT = re.compile(
+    "=+ (Invalid|Misaligned|Barrier error|Divergent|Error: .*[Rr]ace|Error: .*hazard)"
+)
 
 #: What the kernels' tests import.
 TESTS_NEED = ("pytest", "numpy", "hypothesis")
@@ -71,6 +79,7 @@ class Job:
         judge: (status or None if time was up, lines) to how it ended and what to say.
         environment: what is added to it.
         missing: why it cannot be run.
+        proves: see `Part`.
     """
 
     name: str
@@ -79,6 +88,7 @@ class Job:
     judge: Callable[[int | None, list[str]], tuple[str, str]]
     environment: dict[str, str] = field(default_factory=dict)
     missing: str = ""
+    proves: bool = False
 
 
 Stage = Sequence[Sequence[Job]]
@@ -88,29 +98,40 @@ Stage = Sequence[Sequence[Job]]
 class Session:
     """Runs stages, and keeps what they find where it can be read any time."""
 
-    def __init__(self, paths: Sequence[Path], out: Path | None, *, rehearsal: bool) -> None:
-        self.paths, self.out, self.rehearsal = paths, out, rehearsal
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        out: Path | None,
+        *,
+        rehearsal: bool,
+        checked: Path | None = None,
+    ) -> None:
+        self.paths, self.out, self.rehearsal, self.checked = paths, out, rehearsal, checked
         self.events: list[dict[str, Any]] = []
         self.parts: list[Part] = []
         self.start = time.monotonic()
         self._living: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._interrupted = False
+        self._waiting: list[Job] = []
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run them; none takes what the ones after it need."""
+        self._waiting = [job for stage in stages for lane in stage for job in lane]
         shares = [max(sum(job.share for job in lane) for lane in stage) for stage in stages]
         for index, stage in enumerate(stages):
             end = self.start + TOTAL_S - sum(shares[index + 1 :])
-            with ThreadPoolExecutor(len(stage)) as pool:
-                try:
-                    list(pool.map(self._lane, stage, [end] * len(stage)))
-                except BaseException:
-                    self._interrupted = True
-                    for process in tuple(self._living):
-                        _kill(process)  # or the pool would wait for them
-                    raise
-            self.write()
+            try:
+                with ThreadPoolExecutor(len(stage)) as pool:
+                    try:
+                        list(pool.map(self._lane, stage, [end] * len(stage)))
+                    except BaseException:
+                        self._interrupted = True
+                        for process in tuple(self._living):
+                            _kill(process)  # or the pool would wait for them
+                        raise
+            finally:
+                self.write()
 
     def _lane(self, jobs: Sequence[Job], end: float) -> None:
         for index, job in enumerate(jobs):
@@ -122,8 +143,9 @@ class Session:
             if not job.missing:
                 code, lines = self._process(job, max(1.0, end - later - started))
                 status, says = job.judge(code, lines)
-            part = Part(job.name, status, time.monotonic() - started, says)
+            part = Part(job.name, status, time.monotonic() - started, says, job.proves)
             with self._lock:
+                self._waiting.remove(job)
                 self.parts.append(part)
                 say(f"[{time.monotonic() - self.start:3.0f} s] {part.name}: {part.status} {says}")
                 if status in (WRONG, DIED):
@@ -147,6 +169,8 @@ class Session:
                 start_new_session=True,  # what it starts is stopped with it
             )
             self._living.add(process)
+            if self._interrupted:  # meanwhile
+                _kill(process)
 
             def stop() -> None:
                 stopped.set()
@@ -167,20 +191,28 @@ class Session:
             errors.seek(0)
             said = errors.read().splitlines()
         # Last words last: of what was stopped, where it was; else of what went wrong.
-        return (None, [*said, *lines]) if stopped.is_set() else (status, [*lines, *said])
+        if stopped.is_set() or self._interrupted:
+            return None, [*said, *lines]
+        return status, [*lines, *said]
 
     def _hear(self, line: str, lines: list[str]) -> None:
         """Keep an event, or words; a process that is killed may leave half a line."""
-        if not (line.startswith('{"event": ') and line.endswith("}\n")):
+        try:
+            event = json.loads(line) if line.startswith('{"event": ') else None
+        except ValueError:
+            event = None
+        if event is None:
             lines.append(line.rstrip())
             return
-        event = json.loads(line)
         if event["event"] == "step":
             lines.append(event["what"])
             return
         with self._lock:
             self.events.append(event)
             self._log(LOGS[1], line.rstrip())
+            if self.checked and event["event"] == "checked":
+                with self.checked.open("a", encoding="utf-8") as file:
+                    file.write(line)
 
     def _log(self, name: str, *lines: str) -> None:
         if self.out:
@@ -189,7 +221,10 @@ class Session:
 
     def content(self) -> dict[str, Any]:
         """Return what was found until now."""
-        return gpu.summarise(self.events, self.parts, rehearsal=self.rehearsal)
+        waiting = [
+            Part(job.name, STOPPED, 0.0, "before it began", job.proves) for job in self._waiting
+        ]
+        return gpu.summarise(self.events, [*self.parts, *waiting], rehearsal=self.rehearsal)
 
     def write(self) -> None:
         """Write the results and the page; a reader finds the old ones or the new ones."""
@@ -225,6 +260,12 @@ def measured(status: int | None, lines: list[str]) -> tuple[str, str]:
     return (OK, "") if status == 0 else (DIED, f"status {status}, last: {last}")
 
 
+def checked(status: int | None, lines: list[str]) -> tuple[str, str]:
+    """How a process that compares results has ended; it says what it compares."""
+    ended, says = measured(status, lines)
+    return (DIED, "it has compared nothing") if ended == OK and not lines else (ended, says)
+
+
 def tested(status: int | None, lines: list[str]) -> tuple[str, str]:
     """How pytest has ended; -v says each test's outcome in a line with a percentage."""
     outcomes = [
@@ -240,7 +281,7 @@ def tested(status: int | None, lines: list[str]) -> tuple[str, str]:
         return WRONG, says
     if status is None:
         return STOPPED, f"{says} until time was up"
-    if status or not outcomes:
+    if status or "PASSED" not in outcomes:
         return DIED, f"pytest ended with status {status}, {says}"
     return OK, says
 
@@ -254,19 +295,35 @@ def called(status: int | None, lines: list[str]) -> tuple[str, str]:
     if wrong:
         return WRONG, f"{len(wrong)} of {says}; first {wrong[0]}"
     if status is None:
-        found = any("========= Invalid" in line or "========= Error" in line for line in lines)
+        found = any(REPORT.match(line) for line in lines)
         return (WRONG if found else STOPPED), f"{says} until time was up"
+    if any("Internal Sanitizer Error" in line for line in lines):
+        return DIED, f"Internal Sanitizer Error, {says}"
     if status == FOUND:
-        return WRONG, says
+        # racecheck warns of what may be meant so, as it is between the threads of a warp.
+        return (OK if "(0 errors, " in summary else WRONG), says
     if any("Device not supported" in line for line in lines):
         return SKIPPED, "compute-sanitizer does not support this device"
-    return (OK, says) if status == 0 else (DIED, f"status {status}, {says}")
+    return (OK, says) if status == 0 and calls else (DIED, f"status {status}, {says}")
 
 
 def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
+
+
+def ours_only(sanitizer: str) -> list[str]:
+    """Options that keep a tool from torch's kernels: their names are mangled, Triton's are not.
+
+    Excluding those, not choosing ours, for then a name that did not match would check nothing. The
+    option has had two names, and is left out where the tool lists neither.
+    """
+    said = subprocess.run(  # noqa: S603 - compute-sanitizer
+        [sanitizer, "--help"], capture_output=True, text=True, timeout=20, check=False
+    ).stdout
+    names = ("--kernel-name-exclude", "--kernel-regex-exclude")
+    return next(([name, "kns=_Z"] for name in names if name in said), [])
 
 
 def correctness(*, rehearse: bool) -> Stage:
@@ -276,17 +333,20 @@ def correctness(*, rehearse: bool) -> Stage:
     excuse = f"not installed: {', '.join(missing)}" if missing else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
-    # Most of the time goes into compiling kernels, and a process compiles one at a time: so many
-    # for the tests, as many for the suite, and a quarter of the cores for the rest.
-    processes = max(1, min(6, (os.cpu_count() or 1) * 3 // 8))
+    suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
+    # Most of the time goes into compiling kernels, and a process compiles one at a time: of 16
+    # cores 8 for the suite, which has the most to compile, 5 for the tests, the rest for the rest.
+    cores = os.cpu_count() or 1
+    processes = max(1, min(8, cores // 2, len(GPU_SUITES[suite].cases)))
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(processes)]
+        pytest += ["-n", str(max(1, min(5, cores // 3)))]
     small = [sys.executable, str(ROOT / "benchmarks" / "small_calls.py")]
     small += ["--device", "cpu", "--rehearse"] if rehearse else ["--device", "cuda"]
     sanitizer = _sanitizer()
     # The errors that libraries ask for, to see what a device can, are no errors.
     options = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "20"]
+    options += ours_only(sanitizer) if sanitizer and not rehearse else []
     checks = [
         Job(
             tool,
@@ -296,32 +356,40 @@ def correctness(*, rehearse: bool) -> Stage:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # or it would not see where a tensor ends
             missing="" if sanitizer and not rehearse else "there is no compute-sanitizer",
         )
-        for tool, share in zip(TOOLS, (35, 20, 15), strict=True)
+        for tool, share in zip(TOOLS, (40, 25, 25), strict=True)
     ]
-    suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
     shares = [
         Request(suite, "", device, None, CHECKED, SEED, go_on=True, share=(k, processes))
         for k in range(processes)
     ]
     return (
-        [Job("tests", [*pytest, str(tests)], 105, tested, missing=excuse)],
+        [Job("tests", [*pytest, str(tests)], 135, tested, missing=excuse, proves=True)],
         # What these compile, the measurements find in Triton's cache.
         *(
-            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 105, measured)]
+            [Job(f"suite, {k + 1}/{processes}", worker.command(share), 135, checked, proves=True)]
             for k, share in enumerate(shares)
         ),
         # The first fills Triton's cache for the others.
-        [Job("small calls", small, 35, called), *checks],
+        [Job("small calls", small, 45, called, proves=True), *checks],
     )
 
 
-def speed(*, rehearse: bool) -> list[Stage]:
-    """What is measured, the most wanted first."""
+def speed(*, rehearse: bool, checked: Path) -> list[Stage]:
+    """What is measured, the most wanted first; what the file has is not compared again."""
     suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
 
     def job(name: str, share: float, state: str, peers: Sequence[str], **only: Any) -> Stage:
         request = Request(
-            suite, only.pop("text", ""), device, None, state, SEED, peers=peers, go_on=True, **only
+            suite,
+            only.pop("text", ""),
+            device,
+            None,
+            state,
+            SEED,
+            peers=peers,
+            go_on=True,
+            checked=str(checked),
+            **only,
         )
         return ([Job(name, worker.command(request), share, measured)],)
 
@@ -331,7 +399,7 @@ def speed(*, rehearse: bool) -> list[Stage]:
     widest = ("bn", "bn+add+relu")
     one = "" if rehearse else "256x256x56x56 bfloat16 channels-last"
     return [
-        job("cold", 125, COLD, (EAGER, NATIVE)),
+        job("cold", 95, COLD, (EAGER, NATIVE)),
         ([Job("ResNet-50", resnet, 45, measured)],),
         job("compile", 80, COLD, (COMPILE,), passes=training, fusions=widest),
         job("warm", 25, WARM, (EAGER, NATIVE)),
@@ -346,6 +414,18 @@ def speed(*, rehearse: bool) -> list[Stage]:
         ),
         job("autotune", 35, COLD, (AUTOTUNE,), text=one, passes=training, fusions=widest[1:]),
     ]
+
+
+def unfit() -> str | None:
+    """Why a session would not be about our kernels on a GPU, or None."""
+    if not torch.cuda.is_available():
+        found = f"found torch {torch.__version__} without"
+        return f"expected a CUDA GPU and a torch built for it, {found}."
+    for name in ("BATCHNORM_DISABLE", "TRITON_INTERPRET"):
+        if value := os.environ.get(name):
+            return f"expected {name} not to be set, found {name}={value}: unset it."
+    why = triton.missing()
+    return why and f"expected Triton kernels that can serve, found none: {why}."
 
 
 def main() -> None:
@@ -366,13 +446,8 @@ def main() -> None:
         # small that they would only wait for each other.
         os.environ |= {"TRITON_INTERPRET": "1", "BATCHNORM_DISABLE": "native"}
         os.environ["OMP_NUM_THREADS"] = "1"
-    elif not torch.cuda.is_available():
-        sys.exit(
-            f"expected a CUDA GPU and a torch built for it, found torch {torch.__version__} "
-            "without. Nothing was measured; --rehearse runs every part on the CPU."
-        )
-    else:
-        os.environ.pop("TRITON_INTERPRET", None)
+    elif hindrance := unfit():
+        sys.exit(f"{hindrance} Nothing was measured; --rehearse runs every part on the CPU.")
     paths = [] if given.rehearse and not given.json else [path]
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
@@ -383,11 +458,14 @@ def main() -> None:
         filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended from outside."))
-    session = Session(paths, given.out, rehearsal=given.rehearse)
-    session.run([correctness(rehearse=given.rehearse), *speed(rehearse=given.rehearse)])
+    with tempfile.TemporaryDirectory() as folder:
+        checked = Path(folder, "checked.jsonl")
+        session = Session(paths, given.out, rehearsal=given.rehearse, checked=checked)
+        rehearse = given.rehearse
+        session.run([correctness(rehearse=rehearse), *speed(rehearse=rehearse, checked=checked)])
     content = session.content()
     say("", *gpu.table(content))
-    sys.exit(bool(content["wrong"]))
+    sys.exit(bool(content["wrong"] or content["unproven"]))
 
 
 if __name__ == "__main__":

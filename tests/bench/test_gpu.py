@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchnorm.bench import gpu, gpu_page
 from batchnorm.bench.cases import FUSIONS, GPU_SUITES, PASSES
-from batchnorm.bench.gpu import DIED, OK, STOPPED, WRONG, Part
+from batchnorm.bench.gpu import DIED, OK, SKIPPED, STOPPED, WRONG, Part
 from batchnorm.bench.peers import AUTOTUNE, COMPILE, EAGER, GPU_PEERS, NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,14 +62,14 @@ def session(**changed):
         "ours_peak": 20e9,
         "eager_peak": 21e9,
         "plain_peak": 25e9,
-        "losses": [6.9, 6.91],
+        "losses": {"batchnorm": [6.9], "torch eager": [7.9]},
         "right": True,
     }
     return [PLACE, *rows, resnet]
 
 
 NAMES = ("tests", "small calls", "memcheck", "racecheck", "synccheck", "cold", "ResNet-50")
-NAMES += (*(f"suite, {k}/6" for k in range(1, 7)), "compile", "warm", "replayed", "kernels")
+NAMES += (*(f"suite, {k}/8" for k in range(1, 9)), "compile", "warm", "replayed", "kernels")
 PARTS = [Part(name, OK, 12.3, "") for name in NAMES]
 
 
@@ -132,8 +132,31 @@ def test_what_was_wrong_is_told_and_nothing_else():
         "a case: RuntimeError: no",
         f"{case.title}, forward, bn: error 5.0e-01 in dx, at most 4.0e-03 allowed",
         f"{case.title}, inference, bn: error NaN in dx, at most 4.0e-03 allowed",
-        "ResNet-50: losses [6.9, 6.91] of ours and torch's differ",
+        "ResNet-50, losses by step: batchnorm 6.900, torch eager 7.900",
     ]
+
+
+def test_a_session_that_did_not_get_to_see_whether_we_are_right_is_no_success():
+    stopped = Part("suite, 1/8", STOPPED, 105, "at a case", proves=True)
+    content = summarised([PLACE], [stopped, Part("cold", STOPPED, 1, "at a case")])
+    assert (content["wrong"], content["complete"]) == ([], False)
+    assert content["unproven"] == ["suite, 1/8 stopped: at a case"]
+    assert gpu.table(content)[-2:] == [
+        "NOT PROVEN: suite, 1/8 stopped: at a case",
+        "0 wrong, 1 not proven",
+    ]
+
+
+def test_what_was_not_finished_is_named_where_nothing_was_wrong():
+    parts = [
+        Part("tests", SKIPPED, 0, "not installed: pytest", proves=True),
+        Part("memcheck", SKIPPED, 0, "there is no compute-sanitizer"),
+        Part("suite, 1/1", OK, 1, "", proves=True),
+        Part("warm", STOPPED, 1, "at a case"),
+    ]
+    content = summarised([PLACE], parts)
+    assert (content["wrong"], content["unproven"]) == ([], [])
+    assert gpu.table(content)[-1] == "nothing was wrong in what ran; not finished: tests; warm"
 
 
 def test_the_page_has_every_case_with_its_state_and_who_ran():

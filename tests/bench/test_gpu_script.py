@@ -22,7 +22,7 @@ def load(name):
     return module
 
 
-script, resnet50 = load("gpu"), load("resnet50")
+script, resnet50, small_calls = load("gpu"), load("resnet50"), load("small_calls")
 
 
 def job(name, code, share=60.0, judge=script.measured, **options):
@@ -138,9 +138,15 @@ def test_what_pytest_says(outcome, status, expected):
 def test_no_test_at_all_is_not_a_success():
     assert script.tested(5, ["no tests ran"])[0] == "died"
     assert script.tested(0, [])[0] == "died"
+    skipped = ["a.py::x SKIPPED (no triton) [ 50%]", "a.py::y SKIPPED [100%]"]
+    assert script.tested(0, skipped)[0] == "died"
+    assert script.checked(0, [])[0] == "died"
+    assert script.checked(0, ["a case"])[0] == "ok"
+    assert script.checked(None, [])[0] == "stopped"
 
 
 UNSUPPORTED = "does not support this device"
+RACES = "========= RACECHECK SUMMARY: 3 hazards displayed ({} errors, 3 warnings)"
 RIGHT = ["right: 4x3 float32, bn", "right: 4x3 float32, bn+relu"]
 
 
@@ -160,6 +166,29 @@ RIGHT = ["right: 4x3 float32, bn", "right: 4x3 float32, bn+relu"]
         ),
         (None, RIGHT, ("stopped", "2 calls until time was up")),
         (None, ["========= Invalid __global__ read"], ("wrong", "0 calls until time was up")),
+        (None, ["========= Error: Race reported"], ("wrong", "0 calls until time was up")),
+        (None, ["========= Warning: Race reported"], ("stopped", "0 calls until time was up")),
+        (
+            None,
+            ["========= Error: Target application terminated before first instrumented API call"],
+            ("stopped", "0 calls until time was up"),
+        ),
+        (0, [], ("died", "status 0, 0 calls")),
+        (
+            0,
+            [*RIGHT, "========= Internal Sanitizer Error: it"],
+            ("died", "Internal Sanitizer Error, 2 calls"),
+        ),
+        (
+            script.FOUND,
+            [*RIGHT, RACES.format(0)],
+            ("ok", "2 calls, RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)"),
+        ),
+        (
+            script.FOUND,
+            [*RIGHT, RACES.format(1)],
+            ("wrong", "2 calls, RACECHECK SUMMARY: 3 hazards displayed (1 errors, 3 warnings)"),
+        ),
         (1, [*RIGHT, "WRONG: it"], ("wrong", "1 of 3 calls; first WRONG: it")),
         (-11, RIGHT, ("died", "status -11, 2 calls")),
         (255, ["Device not supported"], ("skipped", f"compute-sanitizer {UNSUPPORTED}")),
@@ -171,15 +200,119 @@ def test_what_small_calls_and_the_sanitizer_say(status, lines, expected):
 
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_a_session_fits_its_time_and_asks_for_what_there_is(rehearse):
-    stages = [script.correctness(rehearse=rehearse), *script.speed(rehearse=rehearse)]
-    assert sum(max(sum(j.share for j in lane) for lane in stage) for stage in stages) < 470
-    assert script.TOTAL_S < 8 * 60
+    measuring = script.speed(rehearse=rehearse, checked=Path("x"))
+    stages = [script.correctness(rehearse=rehearse), *measuring]
+    shares = sum(max(sum(j.share for j in lane) for lane in stage) for stage in stages)
+    assert shares < script.TOTAL_S <= 460
+    proving = {j.name.split(",")[0] for stage in stages for lane in stage for j in lane if j.proves}
+    assert proving == {"tests", "suite", "small calls"}
     for one in (j for stage in stages for lane in stage for j in lane if not j.missing):
         assert Path(one.command[0]).exists()
         if "batchnorm.bench.worker" in one.command:
             request = script.Request(**json.loads(one.command[-1]))
             assert script.worker.cases.find(request.suite, request.text).cases
             assert request.device == ("cpu" if rehearse else "cuda")
+
+
+def test_a_session_is_refused_where_it_would_not_be_about_our_kernels(monkeypatch):
+    monkeypatch.delenv("BATCHNORM_DISABLE", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "expected a CUDA GPU" in script.unfit()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(script.triton, "missing", lambda: "triton is not installed")
+    assert "found none: triton is not installed" in script.unfit()
+    monkeypatch.setattr(script.triton, "missing", lambda: None)
+    assert script.unfit() is None
+    for name in ("BATCHNORM_DISABLE", "TRITON_INTERPRET"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "1")
+            assert f"expected {name} not to be set, found {name}=1" in script.unfit()
+
+
+@pytest.mark.parametrize(
+    ("listed", "options"),
+    [
+        ("  --kernel-name-exclude arg  it", ["--kernel-name-exclude", "kns=_Z"]),
+        ("  --kernel-regex-exclude arg  it", ["--kernel-regex-exclude", "kns=_Z"]),
+        ("  --tool arg", []),
+    ],
+)
+def test_tools_are_kept_from_torchs_kernels_where_they_can_be(tmp_path, listed, options):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{listed}'\n")
+    tool.chmod(0o755)
+    assert script.ours_only(str(tool)) == options
+
+
+def test_small_calls_leave_the_device_what_is_ours_and_judge_on_the_cpu(monkeypatch):
+    seen = []
+
+    def observe(_, problem, mode):
+        seen.append(("observe", problem.x.device.type))
+        return {"y": torch.empty(())}
+
+    def judge(found, problem, mode, fusion):
+        seen.append(("judge", problem.x.device.type))
+        return small_calls.check.Verdict(0.0, 1.0, "y")
+
+    monkeypatch.setattr(small_calls.check, "observe", observe)
+    monkeypatch.setattr(small_calls.check, "judge", judge)
+    case = small_calls.Case((2, 3, 4, 4), channels_last=True)
+    assert all(right for _, right in small_calls.by_the_suite(case, "meta"))
+    assert set(seen) == {("observe", "meta"), ("judge", "cpu")}
+
+
+def test_what_was_checked_goes_to_those_who_measure(tmp_path):
+    file = tmp_path / "checked.jsonl"
+    session = script.Session([], None, rehearsal=True, checked=file)
+    lines = ['{"event": "checked", "error": 1}\n', '{"event": "note", "text": "a"}\n']
+    for line in lines:
+        session._hear(line, [])
+    assert file.read_text() == lines[0]
+    for stage in script.speed(rehearse=True, checked=file):
+        command = stage[0][0].command
+        if "batchnorm.bench.worker" in command:
+            assert script.Request(**json.loads(command[-1])).checked == str(file)
+
+
+def test_what_looks_like_an_event_and_is_none_is_kept_as_words():
+    session = script.Session([], None, rehearsal=True)
+    lines = []
+    session._hear('{"event": "step" garbage}\n', lines)
+    session._hear('{"event": "no', lines)
+    assert (lines, session.events) == (['{"event": "step" garbage}', '{"event": "no'], [])
+
+
+@pytest.mark.slow
+def test_what_is_ended_from_outside_is_written_as_far_as_it_came(tmp_path):
+    path = tmp_path / "gpu.json"
+    code = f"""
+import pathlib, signal, sys
+sys.path.insert(0, "benchmarks")
+import gpu
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ended from outside."))
+note = 'print(\\'{{"event": "note", "text": "first"}}\\', flush=True); '
+def job(name, code):
+    return gpu.Job(name, [sys.executable, "-c", code], 60, gpu.measured, proves=True)
+session = gpu.Session([pathlib.Path({str(path)!r})], None, rehearsal=True)
+print("begun", flush=True)
+session.run([[[job("long", note + "import os, signal, time; "
+    "os.kill(" + str(__import__("os").getpid()) + ", signal.SIGTERM); time.sleep(60)")]],
+    [[job("never", "")]]])
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Ended from outside." in done.stderr
+    assert time.monotonic() - start < 50
+    content = json.loads(path.read_text())
+    assert content["notes"] == ["first"]
+    assert {part["name"]: part["status"] for part in content["parts"]} == {
+        "long": "stopped", "never": "stopped"
+    }  # fmt: skip
+    assert len(content["unproven"]) == 2
+    assert (content["complete"], content["wrong"]) == (False, [])
 
 
 def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
@@ -222,6 +355,14 @@ def test_it_is_the_network_that_everybody_calls_resnet_50():
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 53
+
+
+def test_losses_of_every_step_must_be_alike():
+    theirs = [7.0, 6.5, 6.0]
+    assert resnet50.alike([7.1, 6.7, 5.8], theirs)
+    assert not resnet50.alike([7.0, 6.5, 7.0], theirs)  # as without a gradient
+    assert not resnet50.alike([7.3, 6.5, 6.0], theirs)
+    assert not resnet50.alike([7.0, float("nan"), 6.0], theirs)
 
 
 def test_its_networks_start_alike_and_differ_in_rounding_only():

@@ -200,8 +200,12 @@ def test_what_was_disabled_is_in_the_command_and_what_cannot_be_is_refused(monke
     assert content["command"] == (
         "BATCHNORM_DISABLE=native batchnorm bench --suite quick --device cpu --filter 64x10"
     )
+    monkeypatch.setenv("BATCHNORM_DISABLE", "triton,native")
+    assert runner.run("quick", progress=watched)["command"].startswith(
+        "BATCHNORM_DISABLE=triton,native batchnorm"
+    )
     monkeypatch.setenv("BATCHNORM_DISABLE", "native,nativ")
-    with pytest.raises(ArgumentError, match=r"names 'nativ', .* Expected: native"):
+    with pytest.raises(ArgumentError, match=r"names 'nativ', .* Expected: native, triton"):
         runner.run("quick", progress=watched)
 
 

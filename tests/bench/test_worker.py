@@ -1,11 +1,13 @@
 import dataclasses
+import json
+import math
 import types
 
 import pytest
 import torch
 
 from batchnorm import BatchNorm
-from batchnorm.bench import cases, check, contest, device, measure, peers
+from batchnorm.bench import cases, check, contest, device, measure, peers, worker
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SUITES, Case, Suite
 from batchnorm.bench.measure import Times
 from batchnorm.bench.worker import Request, work
@@ -275,11 +277,78 @@ def test_what_raises_is_told_and_the_next_is_measured(tiny, monkeypatch):
     assert {row["fusion"] for row in rows_of(events)} == {"bn", "bn+relu"}
 
 
+def test_what_was_checked_before_is_not_compared_again_and_wrong_stays_wrong(
+    tiny, monkeypatch, tmp_path
+):
+    known = {"passes": ("forward", "inference"), "text": "8x3x5", "fusions": ("bn",)}
+    request = dataclasses.replace(REQUEST, allocator=device.CHECKED, **known)
+    first, second = (e for e in work(request) if e["event"] == "checked")
+    file = tmp_path / "checked.jsonl"
+    file.write_text(worker.line(first) + worker.line(second | {"error": float("nan")}))
+    judged = []
+
+    def judge(*args, **options):
+        judged.append(args[2:])
+        return check.Verdict(0.25, 0.5, "y")
+
+    monkeypatch.setattr(check, "judge", judge)
+    known["passes"] = ("forward", "forward+backward", "inference")
+    request = dataclasses.replace(REQUEST, checked=str(file), peers=(peers.EAGER,), **known)
+    right, own, wrong = rows_of(work(request))
+    assert judged == [("forward+backward", "bn")] * 2  # ours and torch's: the file has it not
+    assert (right["status"], right["error"]) == ("ok", first["error"])
+    assert (own["status"], own["error"]) == ("ok", 0.25)
+    assert (wrong["status"], wrong["error"]) == (
+        "wrong result",
+        pytest.approx(math.nan, nan_ok=True),
+    )
+    missing = dataclasses.replace(request, checked=str(tmp_path / "none"))
+    assert [row["error"] for row in rows_of(work(missing))] == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "error", "kind"),
+    [
+        ("", "torch eager", RuntimeError("late"), "note"),
+        ("", "torch eager", torch.AcceleratorError("late", 700), "failed"),
+        ("", "batchnorm", RuntimeError("late"), "failed"),
+        ("", "batchnorm", torch.OutOfMemoryError("late"), "note"),
+        (device.CHECKED, "batchnorm", torch.OutOfMemoryError("late"), "failed"),
+    ],
+)
+def test_whose_exception_it_was_is_told(tiny, monkeypatch, state, name, error, kind):
+    def observe(contender, problem, mode):
+        if contender.name == name:
+            raise error
+        return {}
+
+    monkeypatch.setattr(check, "observe", observe)
+    monkeypatch.setattr(check, "judge", lambda *_: check.Verdict(0.0, 1.0, "y"))
+    only = {"text": "8x3x5", "fusions": ("bn",), "passes": ("forward",), "go_on": True}
+    request = dataclasses.replace(REQUEST, allocator=state, peers=(peers.EAGER,), **only)
+    (event,) = (e for e in work(request) if e["event"] in ("note", "failed"))
+    assert event["event"] == kind
+    told = event["text"] if kind == "note" else event["why"]
+    memory = isinstance(error, torch.OutOfMemoryError)
+    assert (name in told) == (name != "batchnorm")
+    assert "late" in told or (memory and "for want of memory" in told)
+
+
+def test_a_line_is_json_for_everybody():
+    event = {"event": "row", "error": float("nan"), "ratios": [float("inf"), 1.5]}
+    assert json.loads(worker.line(event), parse_constant=pytest.fail) == {
+        "event": "row",
+        "error": None,
+        "ratios": [None, 1.5],
+    }
+
+
 def test_checks_compare_and_do_not_time(tiny, monkeypatch):
     monkeypatch.setattr(measure, "rounds", None)
     request = dataclasses.replace(REQUEST, allocator=device.CHECKED, text="8x3x5")
     events = list(work(request))
-    assert [event["event"] for event in events if event["event"] != "step"] == ["environment"]
+    found = [event["event"] for event in events if event["event"] != "step"]
+    assert found == ["environment", *["checked"] * 9]
     monkeypatch.setattr(peers, "BatchNorm", Off)
     failed = [event for event in work(request) if event["event"] == "failed"]
     assert len(failed) == 6  # every pass of what is fused with relu

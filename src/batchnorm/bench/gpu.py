@@ -32,12 +32,18 @@ COMMAND = "make gpu"
 
 @dataclass(frozen=True)
 class Part:
-    """How a part of a session has ended."""
+    """How a part of a session has ended.
+
+    Attributes:
+        proves: whether it is one of those that show that our results are right: if such a one was
+            stopped, that has not been shown.
+    """
 
     name: str
     status: str
     seconds: float
     says: str
+    proves: bool = False
 
 
 def summarise(
@@ -49,7 +55,8 @@ def summarise(
         What `results.summarise` returns, whose `allocator` says here what the GPU's cache held; and
         `parts`, how they ended; `targets`; `copy_speed`, in bytes per second; `resnet`; `profiles`,
         the kernels that ran; `failed`, calls of ours that raised; `wrong`, what was not right, in
-        words; `rehearsal`, if no time in it means anything.
+        words; `unproven`, what was not looked at in time, likewise; `rehearsal`, if no time in it
+        means anything.
     """
     if not any(event["event"] == "environment" for event in events):
         events = [{"event": "environment"}, *events]
@@ -70,6 +77,11 @@ def summarise(
         "failed": [_bare(event) for event in events if event["event"] == "failed"],
     }
     content["wrong"] = list(_wrong(content))
+    content["unproven"] = [
+        f"{part.name} {part.status}: {part.says}"
+        for part in parts
+        if part.proves and part.status == STOPPED
+    ]
     shortened: dict[str, Any] = results.short(content)
     return shortened
 
@@ -91,18 +103,33 @@ def _wrong(content: dict[str, Any]) -> Iterator[str]:
             f"{error} in {row['error_where']}, at most {row['error_bound']:.1e} allowed"
         )
     if content["resnet"] and not content["resnet"]["right"]:
-        yield f"ResNet-50: losses {content['resnet']['losses']} of ours and torch's differ"
+        by_step = [
+            f"{who} {' '.join('NaN' if loss is None else f'{loss:.3f}' for loss in losses)}"
+            for who, losses in content["resnet"]["losses"].items()
+        ]
+        yield f"ResNet-50, losses by step: {', '.join(by_step)}"
 
 
 def table(content: dict[str, Any]) -> list[str]:
     """Return what a session has found, in short: less than `LINES` lines of at most `WIDTH`."""
     lines = [*_place(content), *_parts(content), "", *_targets(content), "", *_means(content)]
     lines += [*_worst(content), *_resnet(content)]
-    wrong = content["wrong"]
+    bad = [f"WRONG: {reason}" for reason in content["wrong"]]
+    bad += [f"NOT PROVEN: {reason}" for reason in content["unproven"]]
     room = LINES - 2 - len(lines)
-    lines += [_cut(f"WRONG: {reason}") for reason in wrong[: max(1, room)]]
-    lines.append(f"{len(wrong)} wrong" if wrong else "nothing was wrong")
-    return lines
+    return [*lines, *map(_cut, bad[: max(1, room)]), _cut(_verdict(content))]
+
+
+def _verdict(content: dict[str, Any]) -> str:
+    """The last line. That nothing was wrong says little of what has not been looked at."""
+    if content["wrong"] or content["unproven"]:
+        return f"{len(content['wrong'])} wrong, {len(content['unproven'])} not proven"
+    left = [
+        part["name"]
+        for part in content["parts"]
+        if part["status"] == STOPPED or (part["proves"] and part["status"] == SKIPPED)
+    ]
+    return "nothing was wrong" + (f" in what ran; not finished: {'; '.join(left)}" if left else "")
 
 
 def _cut(line: str) -> str:

@@ -6,10 +6,9 @@ All of them start from the same tensors and the same parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +72,11 @@ class Problem:
         }
         return cls(data(1.5, 0.5).requires_grad_(), data(1, 0).requires_grad_(), data(1, 0), state)
 
-    def copy(self) -> Problem:
-        """Return the same in other memory."""
-        x, residual, dy = (v.detach().clone() for v in (self.x, self.residual, self.dy))
+    def copy(self, device: str | None = None) -> Problem:
+        """Return the same in other memory, of another device if one is given."""
+        x, residual, dy = (
+            v.detach().to(device or v.device, copy=True) for v in (self.x, self.residual, self.dy)
+        )
         return Problem(x.requires_grad_(), residual.requires_grad_(), dy, self.state)
 
 
@@ -92,6 +93,11 @@ def _no_cudnn() -> Iterator[None]:
         yield
 
 
+def raised_by(name: str) -> str:
+    """The note that an exception of this contender has."""
+    return f"raised by {name}"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a fusion, and the layer whose parameters it uses.
@@ -106,9 +112,15 @@ class Contender:
     add: bool
     cudnn: bool = field(default=True, kw_only=True)
 
-    def settings(self) -> AbstractContextManager[Any]:
-        """Return what to be in while calling it."""
-        return nullcontext() if self.cudnn else _no_cudnn()
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """What to be in while calling it; what it raises then gets a note that names it."""
+        try:
+            with nullcontext() if self.cudnn else _no_cudnn():
+                yield
+        except Exception as error:
+            error.add_note(raised_by(self.name))
+            raise
 
     def reset(self, problem: Problem, *, training: bool) -> None:
         """Put the layer into its first state: what runs have changed is undone."""

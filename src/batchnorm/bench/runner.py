@@ -47,7 +47,7 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 WATCH_S = 1.0
 
 #: What may be turned off with `BATCHNORM_DISABLE`.
-_DISABLE, _BACKENDS = "BATCHNORM_DISABLE", ("native",)
+_DISABLE, _BACKENDS = "BATCHNORM_DISABLE", ("native", "triton")
 
 
 class MeasuringError(BatchNormError):

@@ -8,11 +8,14 @@ because processes differ; `merge` puts together what several have found. `runner
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +24,12 @@ from batchnorm.bench import cases, check, contest, device, estimate, peers
 from batchnorm.bench.cases import FLOORS, FUSIONS, PASSES, SIZE_FUSION, SIZE_PASSES, Case
 from batchnorm.bench.environment import environment
 from batchnorm.bench.measure import Times
+from batchnorm.bench.merge import CASE
 from batchnorm.bench.peers import COPY, EAGER, OURS, PEERS, Contender, Problem
 
 Event = dict[str, Any]
-"""`event` says what it is: environment, kernels, step (which comes first), row, size or note."""
+"""`event` says what it is: environment, kernels, step (which comes first), row, size or note; on a
+GPU profile, checked or failed too."""
 
 #: The allocator as it is, and where freed memory stays in the process. On a GPU, whose memory torch
 #: keeps, what is in its cache takes the allocator's place: `device.STATES`.
@@ -45,6 +50,8 @@ class Request:
     Attributes:
         peers: who takes part beside us, where `peers.takes_part` has it so.
         go_on: tell of what raises, and measure the next.
+        checked: a file of events of `device.CHECKED`, JSON by line, found by the same code with the
+            same seed: what it has is not compared again.
         share: (k, n) is the k-th of n processes that share the cases; k from 0.
         part: which of the processes this is. The first one compares the results with float64; the
             others compute the same again.
@@ -62,6 +69,7 @@ class Request:
     fusions: Sequence[str] = FUSIONS
     go_on: bool = False
     share: tuple[int, int] = (0, 1)
+    checked: str = ""
 
 
 def work(request: Request) -> Iterator[Event]:
@@ -79,21 +87,32 @@ def work(request: Request) -> Iterator[Event]:
         for fusion in request.fusions:
             try:
                 yield from _fusion(request, suite, case, fusion, problems)
-            except torch.OutOfMemoryError:
-                if not request.go_on:
-                    raise
-                yield _note(f"Not measured, for want of memory: {case.title}, {fusion}.")
-                device.release(request.device)
             except Exception as error:
                 if not request.go_on:
                     raise
-                why = f"{type(error).__name__}: {str(error).strip()}"[:400]
-                yield {"event": "failed", "what": f"{case.title}, {fusion}", "why": why}
+                yield _raised(request, f"{case.title}, {fusion}", error)
+                device.release(request.device)
         del problem, problems
         device.release(request.device)
     for case in suite.sizes:
         if number := device.sets(request.allocator, case.bytes, request.device):
             yield from _size(request, suite, case, number)
+
+
+def _raised(request: Request, what: str, error: Exception) -> Event:
+    """Who raised what: a failure of ours, unless it is certain that we have nothing to do with it.
+
+    The device tells of its errors late, and then they are anybody's.
+    """
+    notes = getattr(error, "__notes__", ())
+    who = next((peer for peer in request.peers if peers.raised_by(peer) in notes), OURS)
+    why = f"{type(error).__name__}: {str(error).strip()}"[:400]
+    if isinstance(error, torch.OutOfMemoryError):
+        if request.allocator != device.CHECKED:
+            return _note(f"Not measured, for want of memory: {what}.")
+    elif who != OURS and not isinstance(error, torch.AcceleratorError):
+        return _note(f"Not measured, for {who} raised {why}: {what}.")
+    return {"event": "failed", "what": what, "why": why if who == OURS else f"{who}: {why}"}
 
 
 def _fusion(
@@ -118,14 +137,7 @@ def _fusion(
         yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
         for failure in contest.prepare(contenders, problem, mode):
             yield _note(failure)
-        known = {
-            "case": case.name,
-            "dtype": case.dtype_name,
-            "layout": case.layout,
-            "pass": mode,
-            "fusion": fusion,
-            "allocator": request.allocator,
-        }
+        known = {**_known(case, mode, fusion), "allocator": request.allocator}
         if request.allocator == device.PROFILED:
             for contender in contenders:
                 found = contest.kernels(contender, problem, mode, request.device)
@@ -133,6 +145,33 @@ def _fusion(
         else:
             for event in _measured(request, suite, case, fusion, mode, contenders, problems):
                 yield {**event, **known} if event["event"] == "row" else event
+
+
+def _known(case: Case, mode: str, fusion: str) -> Event:
+    return {
+        "case": case.name,
+        "dtype": case.dtype_name,
+        "layout": case.layout,
+        "pass": mode,
+        "fusion": fusion,
+    }
+
+
+@lru_cache
+def _judged(path: str) -> dict[tuple[str, ...], check.Verdict]:
+    """What another process of this session has compared, by what `_known` says of it."""
+    if not path or not Path(path).exists():
+        return {}
+    events = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    return {
+        tuple(event[key] for key in (*CASE, "pass", "fusion")): check.Verdict(
+            # JSON has no NaN.
+            math.nan if event["error"] is None else event["error"],
+            event["error_bound"],
+            event["error_where"],
+        )
+        for event in events
+    }
 
 
 def _checked(
@@ -143,6 +182,7 @@ def _checked(
         yield {"event": "step", "what": f"{case.title}, {mode}, {fusion}"}
         seen = check.observe(ours, problem, mode)
         verdict = check.judge(seen, problem, mode, fusion)
+        yield {"event": "checked", **_known(case, mode, fusion), **_error(verdict)}
         if not verdict.right:
             error = f"error {verdict.error:.1e} in {verdict.where}, {verdict.bound:.1e} allowed"
             yield {"event": "failed", "what": f"{case.title}, {mode}, {fusion}", "why": error}
@@ -160,7 +200,9 @@ def _measured(
     """Yield what comparing and timing says of each peer."""
     problem = problems[0]
     verdicts = {}
-    if request.part == 0:
+    if judged := _judged(request.checked).get(tuple(_known(case, mode, fusion).values())):
+        verdicts[OURS] = judged
+    elif request.part == 0:
         for contender in contenders:
             with contender.settings():
                 seen = check.observe(contender, problem, mode)
@@ -209,11 +251,15 @@ def _errors(peer: str, verdicts: dict[str, check.Verdict]) -> Event:
     """Return what the comparison has shown, or nothing where there was none."""
     if not verdicts:
         return {}
+    theirs = verdicts[peer].error if peer in verdicts else None
+    return {**_error(verdicts[OURS]), "peer_error": theirs}
+
+
+def _error(verdict: check.Verdict) -> Event:
     return {
-        "error": verdicts[OURS].error,
-        "error_bound": verdicts[OURS].bound,
-        "error_where": verdicts[OURS].where,
-        "peer_error": verdicts[peer].error,
+        "error": verdict.error,
+        "error_bound": verdict.bound,
+        "error_where": verdict.where,
     }
 
 
@@ -263,13 +309,18 @@ def _size(request: Request, suite: cases.Suite, case: Case, number: int) -> Iter
         }
 
 
+def line(event: Event) -> str:
+    """Return the event as a line of JSON, which has neither NaN nor infinity: null instead."""
+    return json.dumps(json.loads(json.dumps(event), parse_constant=lambda _: None)) + "\n"
+
+
 def main() -> None:
     """Measure what the argument asks for; write events to what was standard output."""
     # Only events may go there: compilers and libraries print where they like.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for event in work(Request(**json.loads(sys.argv[1]))):
-            out.write(json.dumps(event) + "\n")
+            out.write(line(event))
             out.flush()
 
 

@@ -115,6 +115,12 @@ def recorded(x: Tensor) -> bool:
     return type(x) not in calls.PLAIN
 
 
+def negated(tensor: Tensor) -> bool:
+    """Whether a bit of the tensor, not its memory, says that its numbers have the other sign."""
+    # Compilers know no such tensors, and not the question.
+    return not torch.compiler.is_compiling() and tensor.is_neg()
+
+
 def served(
     x: Tensor,
     mask: Tensor | None,
@@ -124,7 +130,7 @@ def served(
     flags: int,
 ) -> bool:
     """Whether the kernels can do this: axes, options, one group, a number for each channel."""
-    if x.dim() < 2 or x.numel() == 0 or x.is_neg() or not -x.dim() <= channel_dim < x.dim():
+    if x.dim() < 2 or x.numel() == 0 or negated(x) or not -x.dim() <= channel_dim < x.dim():
         return False
     size = flags >> calls.GROUP_BIT
     samples = x.shape[0 if channel_dim % x.dim() else 1]
@@ -145,7 +151,7 @@ def is_vector(vector: Tensor, x: Tensor, channel_dim: int) -> bool:
         and vector.device == x.device
         and vector.dtype in NUMBERS
         and vector.is_contiguous()
-        and not vector.is_neg()
+        and not negated(vector)
     )
 
 
@@ -155,7 +161,7 @@ def is_like(tensor: Tensor, x: Tensor) -> bool:
         tensor.shape == x.shape
         and tensor.device == x.device
         and tensor.dtype in ELEMENTS
-        and not tensor.is_neg()
+        and not negated(tensor)
     )
 
 
