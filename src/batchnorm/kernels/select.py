@@ -207,7 +207,7 @@ def in_graphs(
     if not torch.compiler.is_compiling() or not (triton.INTERPRETED or x.is_cuda):
         return None
     # Transforms of torch.func take operations apart, and exported graphs go where Triton is not.
-    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or exported():
+    if torch._C._are_functorch_transforms_active() or exported():
         return None
     # Here, because they import parts of the compiler.
     from batchnorm.kernels.triton import operators
