@@ -70,7 +70,7 @@ sanitize: $(VENV)/dev.stamp
 	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=268435456 \
 	  BATCHNORM_NATIVE_LIBRARY=build/sanitize/batchnorm/kernels/native/_kernels.abi3.so \
 	  $(BIN)/python -m pytest -q -p no:xdist -m "not slow" tests/kernels/test_native*.py \
-	  tests/test_autograd_native.py
+	  tests/test_autograd_kernels.py
 
 $(VENV)/bin/python:
 	@echo "Creating $(VENV) and installing torch and the rest: a few minutes the first time."

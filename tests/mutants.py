@@ -59,8 +59,8 @@ TESTS = {
         "test_numerics.py", "test_autograd.py", "layers/test_func.py", "layers/test_persistence.py",
         "layers/test_compile.py", "layers/test_batch_norm.py",
     ],
-    "autograd_native.py": [
-        "test_autograd_native.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
+    "autograd_kernels.py": [
+        "test_autograd_kernels.py", "test_functional.py", "test_numerics.py", "test_autograd.py",
         "test_validation.py", "test_combinations.py", *RENORM, *GHOST,
         "layers/test_persistence.py", "layers/test_batch_norm.py", "layers/test_layouts.py",
     ],

@@ -115,7 +115,7 @@ def roundoff(dtype, stored=True):
 
 def served(y):
     """Whether the Triton kernels have made this, and will make its gradient."""
-    return y.grad_fn.name() == "NativeFunctionBackward"
+    return y.grad_fn.name() == "KernelFunctionBackward"
 
 
 def check(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from batchnorm.autograd import EagerBatchNormFunction
-from batchnorm.autograd_native import NativeFunction
+from batchnorm.autograd_kernels import KernelFunction
 from batchnorm.kernels import aten, calls, select
 from batchnorm.kernels.reference import LEAKY_SLOPE
 
@@ -73,7 +73,7 @@ def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
     """
     node: Any = y.grad_fn
     kind = getattr(node, "_forward_cls", None)
-    if kind is NativeFunction:
+    if kind is KernelFunction:
         x, weight, _, _, mask, statistics = node.saved_tensors
         count, eps, channel_dim, _ = node.options
         if statistics.shape[1] != x.shape[channel_dim]:  # those of all groups stand behind

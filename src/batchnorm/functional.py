@@ -3,7 +3,7 @@
 Two questions, asked in this order: which elements make the statistics (`Moments`), and with what
 does the layer normalise (those moments, or the running ones). `validation` refuses what does not
 fit, `autograd` makes the kernels differentiable, `running` has the update of the running
-statistics; `autograd_native` does all of it at once where the C++ kernels can.
+statistics; `autograd_kernels` does all of it at once where the C++ kernels can.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from batchnorm import autograd_native, pooled
+from batchnorm import autograd_kernels, pooled
 from batchnorm.autograd import function
 from batchnorm.errors import NonFiniteWarning
 from batchnorm.kernels import select
@@ -240,7 +240,7 @@ def step(
     """
     size = 0 if population is None or not training else population.groups_only()
     if size is not None:
-        served = autograd_native.step(
+        served = autograd_kernels.step(
             x, weight, bias, residual, mask, running, training, settings, size, sink
         )
         if served is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm import autograd_moments, autograd_native
+from batchnorm import autograd_kernels, autograd_moments
 from batchnorm.autograd import function
 from batchnorm.ghost import Groups
 from batchnorm.kernels import select
@@ -215,7 +215,7 @@ def _by_kernels(
     """The same by the C++ or Triton kernels; None: not served."""
     _, eps, channel_dim, activation = settings
     size, sync = population.virtual_batch_size, population.sync
-    found = autograd_native.moments(x, mask, channel_dim, size or 0)
+    found = autograd_kernels.moments(x, mask, channel_dim, size or 0)
     if found is None:
         return None
     mean, var, total = found
@@ -225,7 +225,7 @@ def _by_kernels(
         mean, var = total.mean, total.normalizing_variance()
     weight, bias = _affine(mean, var, weight, bias, eps, population)
     count = total.count.item() if select.concrete(total.count) else total.count
-    y = autograd_native.normalize(
+    y = autograd_kernels.normalize(
         *(x, weight, bias, residual, mask, (mean, var, count)),
         *(settings, size or 0, sync),
     )

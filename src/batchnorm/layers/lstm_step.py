@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.autograd_native import NotServedError
+from batchnorm.autograd_kernels import NotServedError
 from batchnorm.kernels import calls
 from batchnorm.layers.steps import ByFunction, Steps
 
@@ -94,7 +94,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dc: Tensor) -> tuple[Any, ...]:
-        # As NativeFunction's: someone may differentiate these gradients.
+        # As KernelFunction's: someone may differentiate these gradients.
         if not torch.is_grad_enabled() and all(map(calls.serves_gradient, (dh, dc))):
             try:
                 found = _gradients(ctx, dh, dc)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module
 
-from batchnorm import autograd_native, functional
+from batchnorm import autograd_kernels, functional
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import calls, native, select
 from batchnorm.layers.batch_norm import BatchNorm
@@ -113,7 +113,7 @@ class ByFunction(Steps):
         self.running = self._running()
         if not norm.track_running_stats:
             self.running[:by_batch] = [_NOTHING] * by_batch
-        self.share = autograd_native.share_of(norm.momentum, self.running[0][2])
+        self.share = autograd_kernels.share_of(norm.momentum, self.running[0][2])
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
         """What every step makes of its rows of x, which come one step after the other."""
@@ -122,7 +122,7 @@ class ByFunction(Steps):
             return super().each(x)
         runnings: Any = self.running if self.norm.track_running_stats else []
         try:
-            served = autograd_native.step_each(
+            served = autograd_kernels.step_each(
                 x.unflatten(0, (steps, size)), self.weight, self.bias, runnings, self.settings
             )
         except BatchNormError as error:
@@ -182,7 +182,7 @@ class ByFunction(Steps):
             flags | (calls.LATER if later and by_batch else 0),
         )
         if refused == calls.NOT_SERVED:
-            raise autograd_native.NotServedError
+            raise autograd_kernels.NotServedError
         of_step = statistics, count, by_batch
         if not later:
             self._kept(step, of_step, refused)
@@ -198,7 +198,7 @@ class ByFunction(Steps):
             self._kept(step, of_step, refused)
 
     def _kept(self, step: int, of_step: OfStep, refused: int) -> None:
-        """What follows once running statistics are changed, as in `autograd_native.step`."""
+        """What follows once running statistics are changed, as in `autograd_kernels.step`."""
         mean, var, counter = self.running[step]
         statistics, count, by_batch = of_step
         if not by_batch or mean is None or var is None:
@@ -232,7 +232,7 @@ class ByFunction(Steps):
             *(count, self.settings[1], 1, flags),
         )
         if served == calls.NOT_SERVED:
-            raise autograd_native.NotServedError
+            raise autograd_kernels.NotServedError
         return dx, d_weight, d_bias
 
     def again(

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm import autograd_native
+from batchnorm import autograd_kernels
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import native, select
 from batchnorm.layers.batch_norm import BatchNorm
@@ -64,7 +64,7 @@ def _look(name: str, see: See, layer: Any, args: Any, kwargs: Any) -> None:
 def _moments(x: torch.Tensor, mask: torch.Tensor | None, channel_dim: int) -> Moments:
     # The C++ kernels take a tenth of the time, and leave some of it to others.
     if native.serves(x, None, None, None):
-        served = autograd_native.moments(x, mask, channel_dim, 0)
+        served = autograd_kernels.moments(x, mask, channel_dim, 0)
         if served is not None:
             return served[2]
     return select.moments(x, mask, channel_dim)

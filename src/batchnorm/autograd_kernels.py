@@ -267,7 +267,7 @@ def _differentiable(
     kept: list[Any],
     moments: tuple[Count, Pool | None] | None = None,
 ) -> tuple[Tensor, int] | None:
-    """`NativeFunction`, or the kernels alone where nobody asks for gradients; None: not served.
+    """`KernelFunction`, or the kernels alone where nobody asks for gradients; None: not served.
 
     `kept` gets the statistics (in evaluation, only where gradients are recorded) and their count.
     `moments` says that those given are moments: a count, and the others with a share in them.
@@ -303,7 +303,7 @@ _WITH_BIAS = calls.ACTIVATION | -1 << calls.GROUP_BIT
 _LEAKY = calls.ACTIVATIONS["leaky_relu"]
 
 
-class NativeFunction(torch.autograd.Function):
+class KernelFunction(torch.autograd.Function):
     """The kernels, running update included: eager calls only.
 
     The arguments after `residual`, packed because each one that autograd sees costs time: the mask
@@ -421,11 +421,11 @@ def _shared_backward(
 
 # torch's own `apply`, a Python function, asks whether a torch.func transform is running or has left
 # its wrapper around a tensor. Both have been asked: this is what it then calls, 1.6 µs sooner.
-_apply = super(torch.autograd.Function, NativeFunction).apply
+_apply = super(torch.autograd.Function, KernelFunction).apply
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    """NativeFunction's gradients as functions of its inputs, by the reference."""
+    """KernelFunction's gradients as functions of its inputs, by the reference."""
     x, weight, bias, y, mask, statistics = ctx.saved_tensors
     count, eps, channel_dim, pool = ctx.options
     activation = calls.ACTIVATION_NAMES[ctx.flags & calls.ACTIVATION]
