@@ -70,7 +70,7 @@ def test_nothing_outlives_the_graph(keep):
         held = []
         hook = model[0].register_forward_hook(lambda *call: held.append(weakref.ref(call[2])))
         with save_memory(model, keep) as saved:
-            keeper = model[1]._watched.func.__self__
+            keeper = model[1]._watched.keeper
             loss = model(x).sum()
             loss.backward()
             assert saved.bytes > 0

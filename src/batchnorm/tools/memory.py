@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -38,6 +38,29 @@ class MemorySavings:
             reason = self.reasons.get(name)
             lines.append(f"  {name}: {number:,}" + (f" ({reason})" if reason else ""))
         return "\n".join(lines)
+
+
+class _Watch:
+    """What a layer tells of its calls, as long as the block is open.
+
+    Blocks may be closed in another order than they were opened, by generators for one.
+    """
+
+    def __init__(self, keeper: Keeper, name: str, layer: Any) -> None:
+        self.keeper, self.name, self.layer, self.open = keeper, name, layer, True
+        self.before = layer.__dict__["_watched"]
+
+    def __call__(self, *call: Any) -> None:
+        self.keeper.passed(self.name, *call)
+
+    def __enter__(self) -> None:
+        self.layer.__dict__["_watched"] = self
+
+    def __exit__(self, *_: object) -> None:
+        self.open, last = False, self.layer.__dict__["_watched"]
+        while last is not None and not last.open:
+            last = last.before
+        self.layer.__dict__["_watched"] = last
 
 
 @contextmanager
@@ -96,7 +119,6 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     keeper = Keeper(keep == "input", savings.layers, savings.reasons)
     with ExitStack() as stack:
         for name, layer in layers:
-            stack.callback(layer.__dict__.__setitem__, "_watched", layer.__dict__["_watched"])
-            layer.__dict__["_watched"] = partial(keeper.passed, name)
+            stack.enter_context(_Watch(keeper, name, layer))
         stack.enter_context(saved_tensors_hooks(keeper, unpack))
         yield savings
