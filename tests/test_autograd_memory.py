@@ -69,8 +69,8 @@ def test_input(dtype, shape, activation):
     if shape[0] == 2:
         pytest.skip("two values have no spread to keep their mean within")
     x, bn = data(shape, dtype), layer(dtype, activation=activation)
-    y = bn(x.clone().requires_grad_())
-    make, besides = input_again(call_of(y, x, bn.bias), x, y.detach())
+    y = bn(leaf := x.clone().requires_grad_())
+    make, besides = input_again(call_of(y, leaf, bn.bias), x, y.detach())
     made = make(y.detach())
     assert made.dtype is dtype
     assert made.shape == x.shape
@@ -116,10 +116,19 @@ def test_a_scale_beyond_the_dtype():
     x = torch.randn(50, 2) * 1e12
     bn = BatchNorm(2)
     bn.weight.data[1] = 1e-29
-    y = bn(x.clone().requires_grad_())
-    make, besides = input_again(call_of(y, x, bn.bias), x, y.detach())
+    y = bn(leaf := x.clone().requires_grad_())
+    make, besides = input_again(call_of(y, leaf, bn.bias), x, y.detach())
     assert besides == 50 * 4 + 8
     assert torch.equal(make(y.detach())[:, 1], x[:, 1])
+
+
+def test_a_call_of_something_else():
+    bn, x = BatchNorm(3), torch.randn(8, 3, requires_grad=True)
+    y = bn(x)
+    assert call_of(y, x, bn.bias) is not None
+    for other in (x.clone(), x[:4], x[1:], x.view(4, 6), x.as_strided((8, 3), (1, 8))):
+        assert call_of(y, other, bn.bias) is None
+    assert call_of(y * 1, x, bn.bias) is None
 
 
 def test_no_input_can_be_made():

@@ -88,7 +88,7 @@ def call_of(y: Tensor, x: Tensor, bias: Tensor | None) -> Call | None:
         eps, activation, channel_dim = node.eps, node.activation, node.channel_dim
     else:
         return None
-    if saved.data_ptr() != x.data_ptr() or saved.stride() != x.stride():
+    if any(of(saved) != of(x) for of in (Tensor.data_ptr, Tensor.size, Tensor.stride)):
         return None
     weight, bias = (None if v is None else v.detach().clone() for v in (weight, bias))
     masked = mask is not None
