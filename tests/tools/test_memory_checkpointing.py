@@ -1,7 +1,6 @@
 """save_memory beside checkpointing, where what is done again must find what was so at first."""
 
 import contextlib
-import copy
 
 import pytest
 import torch

@@ -193,14 +193,11 @@ class Keeper:
         """A layer has been called: tie its input and its output."""
         if y.grad_fn is None:
             return
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         source = self.kept.get(_key(x)) if _is_plain(x) else None
         added = None if residual is None else self._residual(residual)
         reason, call = None, None
-        if hooks is None:
-            reason = "no hooks see what its call saves: those of a block are its thread's alone"
-        elif hooks[0] is not self:
-            reason = "other hooks see what its call saves (checkpointing has some)"
+        if (blind := self._blind()) is not None:
+            reason = blind
         elif layer.renorm is not None and layer.training:
             reason = "it has renorm"
         elif callable(layer.activation):
@@ -226,6 +223,15 @@ class Keeper:
         kept = self.kept.get(_key(y))
         if kept is not None:  # by the layer itself, to tell the activation's side
             self._settle(tie, kept, y)
+
+    def _blind(self) -> str | None:
+        """Why this does not see what is saved now."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None:
+            return "no hooks see what its call saves: those of a block are its thread's alone"
+        if hooks[0] is not self:
+            return "other hooks see what its call saves (checkpointing has some)"
+        return None
 
     def _keep(self, tensor: Tensor) -> _Kept:
         key = _key(tensor)
