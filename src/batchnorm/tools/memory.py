@@ -72,21 +72,23 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     pass needs to be within. `backward` may come later, twice, and be differentiated itself.
 
     `keep="input"`: an output is made again in the backward pass, to the bit, so gradients are the
-    very same. Nothing is inverted: γ may be zero. So is what an activation makes of it as an
-    operation of its own (ReLU, leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call
-    with a residual, where that is kept anyway, as the output of every other block is.
+    very same (but where something was changed through `.data`, which no one sees). Nothing is
+    inverted: γ may be zero. So is what an activation makes of it as an operation of its own (ReLU,
+    leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call with a residual, where that
+    is kept anyway, as the output of every other block is.
 
     `keep="output"`: the input is made again from the output, x̂ = (φ⁻¹(y) − β)/γ, as well as y's
     rounding lets it be, in channels where |β/γ| + |mean|/σ is at most 8. The others, γ near zero
     among them, keep their input. (Which those are must be read back from a GPU, once a call.) For
     calls in training, by the batch's moments, without a mask, a residual or ghost batches, and
-    without an activation or with a fused "leaky_relu"; ReLU has no inverse.
+    without an activation or with a fused "leaky_relu"; ReLU has no inverse. An input that shares
+    its memory with other tensors that are saved, or with a larger one, is kept.
 
     These work as usual, and save nothing: calls with `renorm`, or with a function as `activation`;
     a layer right after one that saves; outputs that nothing saves, or of which something saves a
     copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint` and
-    `forward_together`; the steps of `BatchNormLSTM`, which take a slower way here. What the block
-    yields says why. In compiled code this does nothing: that goes by its own plan.
+    `forward_together`, or in other threads; the steps of `BatchNormLSTM`, which take a slower way
+    here, with other roundings. What the block yields says why. In compiled code this does nothing: that goes by its own plan.
 
     Args:
         model: whose batch norm layers are all `BatchNorm`.
