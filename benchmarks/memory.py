@@ -282,7 +282,7 @@ def page(content: dict[str, Any]) -> str:
         "brackets, what holds the true median with 95 % confidence in this run.\n",
         f"*Host*: a layer within `save_memory` takes {content['host_us']:.0f} µs more of the "
         f"processor, forward and backward: the median of a step of {TINY_LAYERS} layers with tiny "
-        "tensors, over the number of layers. On a GPU, that is what a layer's own time hides.",
+        "tensors, over the number of layers. A GPU with work ahead of it does not wait.",
     ]
     for network_, activation in dict.fromkeys(
         (row["network"], row["activation"]) for row in content["rows"]

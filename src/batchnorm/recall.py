@@ -58,7 +58,7 @@ class Recall(Generic[_Fact]):
         ]
         # One kind of checkpointing saves nothing at first; the other watches what is saved, both
         # times. One within the other, or other hooks around, may look like either.
-        reentrant = not torch.is_grad_enabled() or not calls.checkpoints()
+        reentrant = not calls.checkpoints()
         alike = [entry for entry in alike if entry.reentrant == reentrant] or alike
         if not alike and len(self.passes) == self.passes.maxlen:
             raise InputError(

@@ -266,24 +266,35 @@ def test_another_thread():
 
 
 @BOTH
-@pytest.mark.parametrize("hidden", [True, False])
-def test_a_function_that_ends_in_another_layer(keep, hidden):
+@pytest.mark.parametrize("kind", ["module", "hidden", "of the same input"])
+def test_a_function_that_ends_in_another_layer(keep, kind):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             other = BatchNorm(4)
-            after = nn.Sequential(nn.Tanh(), other)
+            nn.init.ones_(other.bias)
+            after = {
+                "module": nn.Sequential(nn.Tanh(), other),
+                "hidden": lambda y: other(y.tanh()),
+                "of the same input": lambda _: other(self.started),
+            }
             self.start, self.end = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.bn = BatchNorm(4, activation=(lambda y: other(y.tanh())) if hidden else after)
+            self.bn = BatchNorm(4, activation=after[kind])
 
         def forward(self, x):
-            return self.end(self.bn(self.start(x)))
+            self.started = self.start(x)
+            y = self.end(self.bn(self.started))
+            del self.started
+            return y
 
-    model, x = Block(), torch.randn(8, 4)
-    expected, _ = step(model, x)
-    found, saved = step(model, x, keep)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    x, results = torch.randn(8, 4), []
+    for how in (None, keep):
+        torch.manual_seed(0)
+        model = Block()  # a copy's function would be of the first one's layers
+        with contextlib.nullcontext() if how is None else save_memory(model, how) as saved:
+            y = model(x)
+        results.append(torch.autograd.grad(y.square().sum(), model.end.weight))
+    torch.testing.assert_close(*results)
     assert saved.layers["bn"] == 0
     assert "a function after" in saved.reasons["bn"]
 

@@ -96,3 +96,18 @@ def test_a_usual_pass_of_the_same_data_is_not_mistaken_for_the_first(reentrant):
             (y.square().sum() + usual.sum()).backward()
         results.append([leaf.grad, *(p.grad for p in model.parameters())])
     assert same(*results)
+
+
+def test_a_pass_without_gradients_is_of_the_other_kind():
+    results = []
+    for how in (None, False):
+        model, other = network("bank")
+        leaf = torch.randn(16, 8).requires_grad_()
+        with save_memory(model):
+            with other:
+                y = once(model, leaf, how)
+            with torch.no_grad():
+                model(leaf)
+        y.square().sum().backward()
+        results.append([leaf.grad, *(p.grad for p in model.parameters())])
+    assert same(*(filter(torch.is_tensor, grads) for grads in results))

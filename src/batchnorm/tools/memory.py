@@ -88,7 +88,8 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     a layer right after one that saves; outputs that nothing saves, or of which something saves a
     copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint` and
     `forward_together`, or in other threads; the steps of `BatchNormLSTM`, which take a slower way
-    here, with other roundings. What the block yields says why. In compiled code this does nothing: that goes by its own plan.
+    here, with other roundings. What the block yields says why. In compiled code this does nothing:
+    that goes by its own plan.
 
     Args:
         model: whose batch norm layers are all `BatchNorm`.
