@@ -40,9 +40,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(MAKE) interpreted
 
-# The Triton kernels' tests without a GPU, in Triton's interpreter.
+# The Triton kernels' tests without a GPU, in Triton's interpreter; and processes that share statistics
+# by them. (The interpreter is NumPy, which warns of what no GPU does.)
 interpreted: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton
+	TRITON_INTERPRET=1 BATCHNORM_DISABLE=native $(BIN)/python -m pytest -n 2 -W ignore::RuntimeWarning tests/test_sync.py
 
 quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -70,7 +70,10 @@ TESTS = {
     ],
     "ghost.py": ["test_combinations.py", *GHOST],
     "autograd_memory.py": ["test_autograd_memory.py", "tools/test_memory.py"],
-    "recall.py": ["test_renorm_checkpointing.py", "tools/test_bank_checkpointing.py"],
+    "recall.py": [
+        "test_renorm_checkpointing.py", "tools/test_bank_checkpointing.py",
+        "tools/test_memory_checkpointing.py",
+    ],
     "renorm.py": [*RENORM, "test_combinations.py"],
     "layers/packed.py": ["test_ghost_packed.py"],
     "validation.py": ["test_validation.py", "test_functional.py", *GHOST],

@@ -50,7 +50,7 @@ def test_output(dtype, shape, activation, channel_dim):
     bn = layer(dtype, activation=activation, channel_dim=channel_dim)
     for train in (True, False):
         y = bn.train(train)(x)
-        call = call_of(y, bn.bias)
+        call = call_of(y, x, bn.bias)
         made = output_again(call)(x.detach())
         assert not made.requires_grad
         assert made.stride() == y.stride()
@@ -69,8 +69,8 @@ def test_input(dtype, shape, activation):
     if shape[0] == 2:
         pytest.skip("two values have no spread to keep their mean within")
     x, bn = data(shape, dtype), layer(dtype, activation=activation)
-    y = bn(x.clone().requires_grad_())
-    make, besides = input_again(call_of(y, bn.bias), x, y.detach())
+    y = bn(leaf := x.clone().requires_grad_())
+    make, besides = input_again(call_of(y, leaf, bn.bias), x, y.detach())
     made = make(y.detach())
     assert made.dtype is dtype
     assert made.shape == x.shape
@@ -103,7 +103,7 @@ def test_the_limits():
         bn.bias.copy_(torch.tensor([7.9, 8.1, 0.0, 0.0, 0.0, 1.0]))
     x[:, 5] *= 3
     y = bn(x.requires_grad_())
-    found = input_again(call_of(y, bn.bias), x.detach(), y.detach())
+    found = input_again(call_of(y, x, bn.bias), x.detach(), y.detach())
     make, besides = found
     # γ·√100 is beyond float64 in the last one.
     kept = {1, 3, 4, 5}
@@ -116,10 +116,19 @@ def test_a_scale_beyond_the_dtype():
     x = torch.randn(50, 2) * 1e12
     bn = BatchNorm(2)
     bn.weight.data[1] = 1e-29
-    y = bn(x.clone().requires_grad_())
-    make, besides = input_again(call_of(y, bn.bias), x, y.detach())
+    y = bn(leaf := x.clone().requires_grad_())
+    make, besides = input_again(call_of(y, leaf, bn.bias), x, y.detach())
     assert besides == 50 * 4 + 8
     assert torch.equal(make(y.detach())[:, 1], x[:, 1])
+
+
+def test_a_call_of_something_else():
+    bn, x = BatchNorm(3), torch.randn(8, 3, requires_grad=True)
+    y = bn(x)
+    assert call_of(y, x, bn.bias) is not None
+    for other in (x.clone(), x[:4], x[1:], x.view(4, 6), x.as_strided((8, 3), (1, 8))):
+        assert call_of(y, other, bn.bias) is None
+    assert call_of(y * 1, x, bn.bias) is None
 
 
 def test_no_input_can_be_made():
@@ -130,9 +139,9 @@ def test_no_input_can_be_made():
     zero.weight.data.zero_()
     for bn, mask in ((relu, None), (constant, None), (masked, torch.ones(8)), (zero, None)):
         y = bn(x, mask)
-        assert input_again(call_of(y, bn.bias), x.detach(), y.detach()) is None
+        assert input_again(call_of(y, x, bn.bias), x.detach(), y.detach()) is None
     groups = BatchNorm(3, virtual_batch_size=4)
-    call = call_of(groups(x), groups.bias)
+    call = call_of(groups(x), x, groups.bias)
     assert call is None or input_again(call, x.detach(), groups(x).detach()) is None
 
 

@@ -66,15 +66,15 @@ class Call(NamedTuple):
     masked: bool
 
 
-def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
-    """What the node of a layer's output says; None: another operation made it.
+def call_of(y: Tensor, x: Tensor, bias: Tensor | None) -> Call | None:
+    """What the node of a layer's output says; None: another operation made it, or not of this x.
 
     `bias` is the layer's β, which not every node keeps.
     """
     node: Any = y.grad_fn
     kind = getattr(node, "_forward_cls", None)
     if kind is KernelFunction:
-        x, weight, _, _, mask, statistics = node.saved_tensors
+        saved, weight, _, _, mask, statistics = node.saved_tensors
         count, eps, channel_dim, _ = node.options
         if statistics.shape[1] != x.shape[channel_dim]:  # those of all groups stand behind
             statistics = statistics[:, : -x.shape[channel_dim]]
@@ -83,10 +83,12 @@ def call_of(y: Tensor, bias: Tensor | None) -> Call | None:
         n = count if node.flags & calls.TRAINING else None
         mean, var = statistics
     elif kind is EagerBatchNormFunction:
-        _, weight, _, mask, count, mean, var, _ = node.saved_tensors
+        saved, weight, _, mask, count, mean, var, _ = node.saved_tensors
         kernels, group, n = None, 0, count
         eps, activation, channel_dim = node.eps, node.activation, node.channel_dim
     else:
+        return None
+    if any(of(saved) != of(x) for of in (Tensor.data_ptr, Tensor.size, Tensor.stride)):
         return None
     weight, bias = (None if v is None else v.detach().clone() for v in (weight, bias))
     masked = mask is not None

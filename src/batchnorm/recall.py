@@ -26,7 +26,7 @@ _Fact = TypeVar("_Fact")
 class _Pass(Generic[_Fact]):
     mean: Tensor
     var: Tensor
-    hooked: bool
+    reentrant: bool
     fact: _Fact
     done_again: bool = False
 
@@ -43,7 +43,7 @@ class Recall(Generic[_Fact]):
 
     def keep(self, mean: Tensor, var: Tensor, fact: _Fact) -> None:
         """Of a pass that may be done again: see `select.recomputed_later`."""
-        self.passes.append(_Pass(mean, var, calls.hooked(), fact))
+        self.passes.append(_Pass(mean, var, not torch.is_grad_enabled(), fact))
 
     def find(self, mean: Tensor, var: Tensor) -> list[_Fact]:
         """Of the passes that this may be again, the likeliest first; nothing if there is none.
@@ -51,16 +51,15 @@ class Recall(Generic[_Fact]):
         Raises:
             InputError: there is none, and there have been more passes than are kept.
         """
-        # One kind of checkpointing watches what is saved, both times; the other saves nothing at
-        # first.
-        hooked = calls.hooked()
         alike = [
             entry
             for entry in reversed(self.passes)
-            if entry.hooked == hooked
-            and torch.equal(entry.mean, mean)
-            and torch.equal(entry.var, var)
+            if torch.equal(entry.mean, mean) and torch.equal(entry.var, var)
         ]
+        # One kind of checkpointing saves nothing at first; the other watches what is saved, both
+        # times. One within the other, or other hooks around, may look like either.
+        reentrant = not calls.checkpoints()
+        alike = [entry for entry in alike if entry.reentrant == reentrant] or alike
         if not alike and len(self.passes) == self.passes.maxlen:
             raise InputError(
                 "expected to find the statistics of a forward pass that activation checkpointing "

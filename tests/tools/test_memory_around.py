@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -70,7 +71,7 @@ def test_nothing_outlives_the_graph(keep):
         held = []
         hook = model[0].register_forward_hook(lambda *call: held.append(weakref.ref(call[2])))
         with save_memory(model, keep) as saved:
-            keeper = model[1]._watched.func.__self__
+            keeper = model[1]._watched.keeper
             loss = model(x).sum()
             loss.backward()
             assert saved.bytes > 0
@@ -229,6 +230,73 @@ def test_a_recurrent_network_saves_nothing_and_says_so():
     assert saved.reasons.keys() == saved.layers.keys()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_close_in_another_order():
+    model, x = convolutions(), torch.randn(6, 8, 9, 7)
+    first, second, third = (save_memory(model) for _ in range(3))
+    for block in (first, second, third):
+        block.__enter__()
+    own = model[1]._watched
+    for block in (second, first):
+        block.__exit__(None, None, None)
+        assert model[1]._watched is own
+    third.__exit__(None, None, None)
+    assert model[1]._watched is None
+    expected, _ = step(model, x)
+    found, saved = step(model, x, "input")
+    assert same(found, expected)
+    assert saved.bytes == 3 * SIZE
+
+
+def test_another_thread():
+    model, x, found = convolutions(), torch.randn(6, 8, 9, 7), []
+    expected, _ = step(model, x)
+    with save_memory(model) as saved:
+        thread = threading.Thread(target=lambda: found.append(step(model, x)[0]))
+        # A copy has no block around it; the model itself has.
+        thread.start()
+        thread.join()
+        thread = threading.Thread(target=lambda: model(x))
+        thread.start()
+        thread.join()
+    assert same(found[0], expected)
+    assert saved.bytes == 0
+    assert all("thread" in reason for reason in saved.reasons.values())
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["module", "hidden", "of the same input"])
+def test_a_function_that_ends_in_another_layer(keep, kind):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            other = BatchNorm(4)
+            nn.init.ones_(other.bias)
+            after = {
+                "module": nn.Sequential(nn.Tanh(), other),
+                "hidden": lambda y: other(y.tanh()),
+                "of the same input": lambda _: other(self.started),
+            }
+            self.start, self.end = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.bn = BatchNorm(4, activation=after[kind])
+
+        def forward(self, x):
+            self.started = self.start(x)
+            y = self.end(self.bn(self.started))
+            del self.started
+            return y
+
+    x, results = torch.randn(8, 4), []
+    for how in (None, keep):
+        torch.manual_seed(0)
+        model = Block()  # a copy's function would be of the first one's layers
+        with contextlib.nullcontext() if how is None else save_memory(model, how) as saved:
+            y = model(x)
+        results.append(torch.autograd.grad(y.square().sum(), model.end.weight))
+    torch.testing.assert_close(*results)
+    assert saved.layers["bn"] == 0
+    assert "a function after" in saved.reasons["bn"]
 
 
 def test_gradients_are_not_asked_for():

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from batchnorm import (
     BatchNorm,
@@ -96,23 +97,119 @@ def test_an_activation_changed_behind_autograd(activate):
         assert same(*results)
 
 
-def test_an_activation_of_what_was_changed_and_is_gone():
-    bn, linear, dy = BatchNorm(4), nn.Linear(4, 3), torch.randn(8, 3)
+#: Each that `save_memory` makes again.
+ACTIVATIONS = {
+    "ReLU": functional.relu,
+    "leaky ReLU": functional.leaky_relu,
+    "leaky ReLU in place": functional.leaky_relu_,
+    "SiLU": functional.silu,
+    "GELU": functional.gelu,
+    "ReLU6": functional.relu6,
+    "Hardswish": functional.hardswish,
+    "copy": torch.clone,
+}
+
+
+def both_ways(forward, bn, leaf):
+    """The gradient of a leaf, without save_memory and within; and what was saved."""
+    results = []
+    for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
+        with around as saved:
+            z = forward()
+        results.append(torch.autograd.grad(z.square().sum(), leaf))
+    return *results, saved
+
+
+@pytest.mark.parametrize("activate", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("by", ["no_grad", "detach"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_activation_whose_result_is_changed_behind_autograd(activate, by, gone):
+    bn, linear = BatchNorm(4), nn.Linear(4, 3)
     x = torch.randn(8, 4, requires_grad=True)
-    for last in (torch.clone, nn.functional.gelu):
-        results = []
-        for around in (contextlib.nullcontext(), save_memory(nn.Sequential(bn))):
-            with around:
-                y = bn(x)
-                first = nn.functional.silu(y)
-                with torch.no_grad():
-                    y.mul_(3)
-                z = last(y)
-                del y
-                z = linear(z)
-            results.append(torch.autograd.grad(z, linear.weight, dy))
-        assert same(*results)
-        assert first is not None
+
+    def forward():
+        y = bn(x)
+        a = activate(y)
+        if gone:
+            del y
+        if by == "detach":
+            a.detach().clamp_(max=0.5)
+        else:
+            with torch.no_grad():
+                a.clamp_(max=0.5)
+        return linear(a)
+
+    usual, found, _ = both_ways(forward, bn, linear.weight)
+    assert same(found, usual)
+
+
+@pytest.mark.parametrize("activate", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_activation_of_what_was_saved_and_then_changed(activate, gone):
+    bn, linear, other = BatchNorm(4), nn.Linear(4, 3), nn.Linear(4, 3)
+    x = torch.randn(8, 4, requires_grad=True)
+
+    def forward():
+        y = bn(x)
+        other(y.detach())
+        with torch.no_grad():
+            y.mul_(2)
+        a = activate(y)
+        if gone:
+            del y
+        return linear(a)
+
+    usual, found, _ = both_ways(forward, bn, linear.weight)
+    assert same(found, usual)
+
+
+@pytest.mark.parametrize("last", [torch.clone, functional.gelu])
+def test_an_activation_of_what_another_saved_before_the_change(last):
+    bn, linear, first = BatchNorm(4), nn.Linear(4, 3), []
+    x = torch.randn(8, 4, requires_grad=True)
+
+    def forward():
+        y = bn(x)
+        first.append(functional.silu(y))
+        with torch.no_grad():
+            y.mul_(3)
+        z = last(y)
+        del y
+        return linear(z)
+
+    usual, found, _ = both_ways(forward, bn, linear.weight)
+    assert same(found, usual)
+
+
+def test_an_activation_that_other_hooks_have_watched():
+    bn, linear, other = BatchNorm(4), nn.Linear(4, 3), nn.Linear(4, 3)
+    x = torch.randn(8, 4, requires_grad=True)
+
+    def forward():
+        y = bn(x)
+        other(y)
+        with torch.no_grad():
+            y.mul_(3)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+            a = functional.silu(y)
+        del y
+        return linear(a)
+
+    usual, found, _ = both_ways(forward, bn, linear.weight)
+    assert same(found, usual)
+
+
+def test_conjugates_and_negatives_of_one_storage():
+    z = torch.randn(8, 4, dtype=torch.complex64)
+    complex_, real = torch.randn_like(z).requires_grad_(), torch.randn(8, 4, requires_grad=True)
+
+    def forward():
+        whole = z * complex_ + z.conj() * complex_.square()
+        return whole.abs() + z.imag * real + z.conj().imag * real.square()
+
+    usual, found, _ = both_ways(forward, BatchNorm(4), (complex_, real))
+    assert same(map(torch.view_as_real, found[:1]), map(torch.view_as_real, usual[:1]))
+    assert same(found[1:], usual[1:])
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -47,6 +47,12 @@ def hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def checkpoints() -> bool:
+    """Whether these may be checkpointing's. Those of `save_memory` are not, nor hide what is."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "checkpoints", True)
+
+
 def inexact() -> bool:
     """Whether those will bring back an x that is only close to what was saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

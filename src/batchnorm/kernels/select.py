@@ -164,7 +164,9 @@ def recomputing() -> bool:
 def recomputed_later() -> bool:
     """Whether this forward pass may be one that activation checkpointing will do again."""
     # It runs the first one without gradients, or keeps its own place for what autograd saves.
-    return not torch.compiler.is_compiling() and (not torch.is_grad_enabled() or calls.hooked())
+    return not torch.compiler.is_compiling() and (
+        not torch.is_grad_enabled() or calls.checkpoints()
+    )
 
 
 def blocks(x: Tensor) -> bool:

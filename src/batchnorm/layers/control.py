@@ -136,7 +136,7 @@ class Controlled(WideStatistics):
     def _depends_on_bank(self) -> bool:
         """Whether the output does, in a pass that is perhaps checkpointed."""
         # Evaluation without gradients is not: it is not to cost more.
-        return (self.training or calls.hooked()) and (
+        return (self.training or calls.checkpoints()) and (
             self._frozen
             or not self.training
             or self.renorm is not None

@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812 - as everybody does
 
 from batchnorm.autograd_memory import Make, call_of, input_again, output_again
+from batchnorm.kernels import calls
 
 #: The activations that are made again where they follow a layer as operations of their own: what
 #: torch calls their nodes. Each is a function of its input alone, the same bits each time.
@@ -39,7 +40,7 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
     ),
     "HardswishBackward0": lambda _: F.hardswish,
     # Some that work in place save one.
-    (_COPY := "CloneBackward0"): lambda _: lambda y: y,
+    "CloneBackward0": lambda _: lambda y: y,
 }
 
 #: Of an input and an output: what makes the input from outputs, and how many bytes that keeps.
@@ -51,7 +52,9 @@ _TIE = "_batchnorm_tie"
 
 #: Why nothing is saved, until there is another reason.
 UNSEEN = "no call of it by itself has recorded gradients"
+_KEPT_ANYWAY = "its input is kept anyway"
 _UNSAVED = "no other operation has saved its output"
+_FUNCTION = "its output does not come from its kernels, but from a function after them"
 
 
 class _Recipe:
@@ -81,7 +84,10 @@ class _Kept:
         view: size, strides and offset, if it may be a view of what the recipe makes.
         askers: how many operations have saved it.
         is_source: whether another tensor is made from it.
+        beside: all of its storage, where that is asked for.
     """
+
+    beside: weakref.WeakSet[_Kept]
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached: an operation that saves its own result would hold itself.
@@ -89,7 +95,7 @@ class _Kept:
         self.recipe: _Recipe | None = None
         self.view: tuple[Any, ...] | None = None  # mutant: a type
         self.askers, self.is_source = 0, False
-        self.version = tensor._version
+        self.version, self.geometry, self.dtype = tensor._version, _geometry(tensor), tensor.dtype
         # Its number is no other storage's as long as this is held.
         self.storage = StorageWeakRef(tensor.untyped_storage())
 
@@ -118,8 +124,10 @@ class _Tie:
 
     def __init__(self, name: str, source: _Kept, y: Tensor) -> None:
         self.name, self.source = name, weakref.ref(source)
-        self.y = weakref.ref(y)
         self.storage, self.version = StorageWeakRef(y.untyped_storage()), y._version
+        # Without its memory, but with its version, which outlives y.
+        self.y = y.detach()
+        self.y.data = y.new_empty(0)
         self.geometry, self.dtype = _geometry(y), y.dtype
         self.recipe: Callable[[], _Recipe | None] = lambda: None
         #: What was added, if anything: itself, or what it is tied by.
@@ -127,8 +135,6 @@ class _Tie:
         #: How to make y, or where to ask how to make the input.
         self.make: Make | None = None
         self.invert: _Invert | None = None  # mutant: a type
-        #: Whether y was as the layer made it each time that an operation saved it.
-        self.seen = False
         #: Of an activation's output, tied to the same input.
         self.after: list[_Tie] = []
 
@@ -147,28 +153,29 @@ class Keeper:
 
     Attributes:
         inexact: whether inputs are made again with an error: see `calls.inexact`.
+        checkpoints: whether the hooks around this one may be checkpointing's.
     """
 
     def __init__(self, keep_input: bool, layers: dict[str, int], reasons: dict[str, str]) -> None:
-        self.inexact = not keep_input
+        self.inexact, self.checkpoints = not keep_input, calls.checkpoints()
         self.layers, self.reasons = layers, reasons
-        # By the number of the output's storage; by `_key`.
+        # By the number of the output's storage; by `_key`; by the number of the storage.
         self.ties: weakref.WeakValueDictionary[int, _Tie] = weakref.WeakValueDictionary()
         self.kept: weakref.WeakValueDictionary[Any, _Kept] = weakref.WeakValueDictionary()
+        self.beside: weakref.WeakValueDictionary[int, weakref.WeakSet[_Kept]]
+        self.beside = weakref.WeakValueDictionary()
 
     def __call__(self, tensor: Tensor) -> Any:
         """Pack a tensor that an operation saves."""
         if not _is_plain(tensor):
             return tensor.detach()
         kept = self._keep(tensor)
+        if self.inexact:
+            self._take_back(kept, tensor)
         if kept.recipe is None:
             tie = self._tie_of(tensor)
             if tie is not None:
                 self._settle(tie, kept, tensor)
-        elif self.inexact:
-            # An input that another operation wants too is kept after all.
-            self.layers[kept.recipe.name] -= kept.recipe.bytes
-            kept.tensor, kept.recipe = tensor.detach(), None
         kept.askers += 1
         if kept.recipe is not None:
             kept.recipe.askers += 1
@@ -186,20 +193,21 @@ class Keeper:
         """A layer has been called: tie its input and its output."""
         if y.grad_fn is None:
             return
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         source = self.kept.get(_key(x)) if _is_plain(x) else None
         added = None if residual is None else self._residual(residual)
         reason, call = None, None
-        if hooks is None or hooks[0] is not self:
-            reason = "other hooks see what its call saves (checkpointing has some)"
+        if (blind := self._blind()) is not None:
+            reason = blind
         elif layer.renorm is not None and layer.training:
             reason = "it has renorm"
+        elif callable(layer.activation):
+            reason = _FUNCTION
         elif source is not None and source.recipe is not None:
             reason = "its input is made again itself"
         elif residual is not None and added is None:
             reason = "nothing keeps the residual, or it is made again itself"
-        elif source is None or (call := call_of(y, bias)) is None:
-            reason = "its output does not come from its kernels, but from a function after them"
+        elif source is None or (call := call_of(y, x, bias)) is None:
+            reason = _FUNCTION
         if reason is not None or source is None or call is None:
             self.reasons[name] = str(reason)
             return
@@ -216,12 +224,33 @@ class Keeper:
         if kept is not None:  # by the layer itself, to tell the activation's side
             self._settle(tie, kept, y)
 
+    def _blind(self) -> str | None:
+        """Why this does not see what is saved now."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None:
+            return "no hooks see what its call saves: those of a block are its thread's alone"
+        if hooks[0] is not self:
+            return "other hooks see what its call saves (checkpointing has some)"
+        return None
+
     def _keep(self, tensor: Tensor) -> _Kept:
         key = _key(tensor)
         kept = self.kept.get(key)
         if kept is None:
             kept = self.kept[key] = _Kept(tensor)
+            if self.inexact:
+                kept.beside = self.beside.setdefault(kept.storage.cdata, weakref.WeakSet())
+                kept.beside.add(kept)
         return kept
+
+    def _take_back(self, kept: _Kept, tensor: Tensor) -> None:
+        """Keep an input after all that lies where another operation has saved something, too."""
+        for other in kept.beside:
+            same = other.version == kept.version and other.dtype is kept.dtype
+            if other.recipe is not None and same:
+                self.layers[other.recipe.name] -= other.recipe.bytes
+                self.reasons[other.recipe.name] = _KEPT_ANYWAY
+                other.tensor, other.recipe = tensor.detach().as_strided(*other.geometry), None
 
     def _residual(self, residual: Tensor) -> Callable[[], _Kept | _Tie | None] | None:
         """Where a residual is to be had again without keeping it for that; None: nowhere."""
@@ -239,9 +268,7 @@ class Keeper:
     def _tie_of(self, tensor: Tensor) -> _Tie | None:
         """What a tensor is tied by, if it can be made from a layer's input or the reverse."""
         tie = self.ties.get(tensor.untyped_storage()._cdata)
-        if tie is not None:
-            tie.seen = tie.of(tensor)
-        if tie is not None and tie.seen:
+        if tie is not None and tie.of(tensor):
             return tie
         return None if self.inexact else self._tie_after(tensor)
 
@@ -261,14 +288,10 @@ class Keeper:
             or _geometry(tensor) != tie.geometry
         ):
             return None
-        y = tie.y()
         if tensor.untyped_storage()._cdata == tie.storage.cdata:
             unchanged = tensor._version == tie.version + 1  # but by the activation, in place
-        elif y is not None:
-            unchanged = tensor._version == 0 and y._version == tie.version
         else:
-            # Activations that do not save their result, which has come here, have saved y.
-            unchanged = tensor._version == 0 and tie.seen and node.name() != _COPY
+            unchanged = tensor._version == 0 and tie.y._version == tie.version
         if not unchanged:
             return None
         activate, make = after(node), tie.make
@@ -292,8 +315,12 @@ class Keeper:
                 self._count(recipe)
             kept.drop(recipe, _geometry(tensor))
         elif tie.invert is not None and source.tensor is not None:
-            if source.askers > 1 or source.is_source:
-                self.reasons[tie.name] = "its input is kept anyway"
+            others = any(k is not source and k.tensor is not None for k in source.beside)
+            if source.askers > 1 or source.is_source or others:
+                self.reasons[tie.name] = _KEPT_ANYWAY
+                return
+            if source.tensor.untyped_storage().nbytes() > source.tensor.nbytes:
+                self.reasons[tie.name] = "its input is a part of a larger tensor"
                 return
             y = tensor.detach().as_strided(*tie.geometry)
             found, tie.invert = tie.invert(source.tensor, y), None
@@ -337,9 +364,9 @@ def unpack(kept: Any) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has strides, and a storage that can be looked at."""
+    """Whether it has strides, and is what lies in a storage that can be looked at."""
     plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
-    return plain and not tensor.is_nested
+    return plain and not (tensor.is_nested or tensor.is_conj() or tensor.is_neg())
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -40,6 +40,29 @@ class MemorySavings:
         return "\n".join(lines)
 
 
+class _Watch:
+    """What a layer tells of its calls, as long as the block is open.
+
+    Blocks may be closed in another order than they were opened, by generators for one.
+    """
+
+    def __init__(self, keeper: Keeper, name: str, layer: Any) -> None:
+        self.keeper, self.name, self.layer, self.open = keeper, name, layer, True
+        self.before = layer.__dict__["_watched"]
+
+    def __call__(self, *call: Any) -> None:
+        self.keeper.passed(self.name, *call)
+
+    def __enter__(self) -> None:
+        self.layer.__dict__["_watched"] = self
+
+    def __exit__(self, *_: object) -> None:
+        self.open, last = False, self.layer.__dict__["_watched"]
+        while last is not None and not last.open:
+            last = last.before
+        self.layer.__dict__["_watched"] = last
+
+
 @contextmanager
 def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings]:
     """Graphs made within keep one of a layer's input and output, and make the other again.
@@ -49,21 +72,24 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     pass needs to be within. `backward` may come later, twice, and be differentiated itself.
 
     `keep="input"`: an output is made again in the backward pass, to the bit, so gradients are the
-    very same. Nothing is inverted: γ may be zero. So is what an activation makes of it as an
-    operation of its own (ReLU, leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call
-    with a residual, where that is kept anyway, as the output of every other block is.
+    very same (but where something was changed through `.data`, which no one sees). Nothing is
+    inverted: γ may be zero. So is what an activation makes of it as an operation of its own (ReLU,
+    leaky ReLU, SiLU, GELU, ReLU6, Hardswish), and the output of a call with a residual, where that
+    is kept anyway, as the output of every other block is.
 
     `keep="output"`: the input is made again from the output, x̂ = (φ⁻¹(y) − β)/γ, as well as y's
     rounding lets it be, in channels where |β/γ| + |mean|/σ is at most 8. The others, γ near zero
     among them, keep their input. (Which those are must be read back from a GPU, once a call.) For
     calls in training, by the batch's moments, without a mask, a residual or ghost batches, and
-    without an activation or with a fused "leaky_relu"; ReLU has no inverse.
+    without an activation or with a fused "leaky_relu"; ReLU has no inverse. An input that shares
+    its memory with other tensors that are saved, or with a larger one, is kept.
 
     These work as usual, and save nothing: calls with `renorm`, or with a function as `activation`;
     a layer right after one that saves; outputs that nothing saves, or of which something saves a
     copy in another dtype (autocast may make one); calls within `torch.utils.checkpoint` and
-    `forward_together`; the steps of `BatchNormLSTM`, which take a slower way here. What the block
-    yields says why. In compiled code this does nothing: that goes by its own plan.
+    `forward_together`, or in other threads; the steps of `BatchNormLSTM`, which take a slower way
+    here, with other roundings. What the block yields says why. In compiled code this does nothing:
+    that goes by its own plan.
 
     Args:
         model: whose batch norm layers are all `BatchNorm`.
@@ -96,7 +122,6 @@ def save_memory(model: nn.Module, keep: str = "input") -> Iterator[MemorySavings
     keeper = Keeper(keep == "input", savings.layers, savings.reasons)
     with ExitStack() as stack:
         for name, layer in layers:
-            stack.callback(layer.__dict__.__setitem__, "_watched", layer.__dict__["_watched"])
-            layer.__dict__["_watched"] = partial(keeper.passed, name)
+            stack.enter_context(_Watch(keeper, name, layer))
         stack.enter_context(saved_tensors_hooks(keeper, unpack))
         yield savings
