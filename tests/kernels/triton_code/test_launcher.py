@@ -86,3 +86,12 @@ def test_what_is_kept_is_what_triton_would_compile(launched):
         assert found.setdefault(key, specialization) == specialization, key
     # Another eps is no reason to compile, another alignment is.
     assert len(found) < len(launched)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which kernels compile")
+def test_where_nothing_can_be_compiled_plain_torch_computes():
+    triton._broken.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch computes in place of kernels: Triton cannot"):
+        assert "Triton cannot compile here: " in triton._broken(0)
+    assert triton._broken(0) is not None  # and that is told once
+    triton._broken.cache_clear()

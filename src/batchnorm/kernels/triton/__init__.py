@@ -10,6 +10,7 @@ With TRITON_INTERPRET=1 in the environment Triton's interpreter runs them on the
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -63,7 +64,8 @@ def missing() -> str | None:
         return "they have not been tried with ROCm"
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    return _too_old(torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    return _too_old(index) or _broken(index)
 
 
 @lru_cache
@@ -74,6 +76,22 @@ def _too_old(index: int) -> str | None:
     return f"expected compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the GPU has {found}"
 
 
+@lru_cache
+def _broken(index: int) -> str | None:
+    """Why Triton cannot compile here, such as for want of a C compiler, or None: tried once."""
+    device = torch.device("cuda", index)
+    try:
+        mean, var = torch.zeros(2, 1, dtype=torch.float64, device=device).unbind()
+        buffers = torch.zeros(2, 1, device=device)
+        update(mean, var, 2.0, buffers[0], buffers[1], None, 0.0)
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        reason = f"Triton cannot compile here: {type(error).__name__}: {first}"
+        warnings.warn(f"plain torch computes in place of kernels: {reason}", stacklevel=2)
+        return reason
+    return None
+
+
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether these are plain tensors on a GPU, and operations are done as they are called."""
     # First whether operations are recorded: the compiler must not look into the rest.
@@ -81,4 +99,10 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
         return False
     if INTERPRETED:
         return x.device.type in ("cpu", "cuda")
-    return x.is_cuda and torch.version.hip is None and _too_old(x.device.index) is None
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and _too_old(x.device.index) is None
+        # Not while a graph is captured, when nothing can be tried.
+        and (torch.cuda.is_current_stream_capturing() or _broken(x.device.index) is None)
+    )

@@ -69,6 +69,7 @@ def forward(
         or not (counter is None or is_counter(counter, x))
         or (running_mean is None) != (running_var is None)
         or not momentum <= 1
+        or (training and momentum == calls.PLAIN_AVERAGE and counter is None)
         or (training and mask is None and x.numel() < 2 * x.shape[channel_dim])
     ):
         return x, None, 0.0, calls.NOT_SERVED
