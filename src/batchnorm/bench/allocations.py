@@ -37,7 +37,10 @@ def allocations(call: Callable[[], object], device: str = "cpu") -> Allocations:
         after = torch.cuda.memory_allocated()
         del result
         return Allocations(after - before, torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # torch 2.11 would warn that events are of one cycle; there is one.
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         result = call()
     del result
     held = peak = 0
