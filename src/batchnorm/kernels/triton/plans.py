@@ -44,8 +44,8 @@ FOLDED = 4
 #: float64 a thread.
 PARTS = 1024
 
-#: The same of a launch that only merges, a program for each channel; 16 of a thread.
-MERGED_PARTS = 4096
+#: The same of a launch that only merges, a program for each channel; as many of a thread.
+MERGED_PARTS = 2048
 
 #: Tiles of a program whose loads are in flight: one of 8 KB, with 4 programs on a multiprocessor,
 #: makes 32 KB; at 3.35 TB/s and 700 ns 18 KB must be. More would need shared memory.
@@ -143,7 +143,7 @@ class Plan:
     @property
     def merging_warps(self) -> int:
         """Warps of a program that only merges."""
-        return max(1, self.merged_parts // (32 * 16))
+        return max(1, self.merged_parts // (32 * 8))
 
 
 @lru_cache(maxsize=1024)
