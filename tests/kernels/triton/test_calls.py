@@ -52,7 +52,7 @@ def test_what_is_not_served_is_left_untouched():
         {"momentum": 1.1},
         {"momentum": math.nan},
         {"flags": calls.TRAINING | 3},
-        {"flags": calls.TRAINING | 5 << calls.GROUP_BIT},
+        {"flags": calls.TRAINING | 5 << calls.GROUP_BIT},  # one value in the last
         {"weight": normal(4)},
         {"bias": normal(3, 1)},
         {"weight": normal(6)[::2]},

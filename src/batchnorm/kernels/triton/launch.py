@@ -20,6 +20,8 @@ from batchnorm.kernels.triton.launcher import launch, on
 from batchnorm.kernels.triton.operand import (
     Operand,
     doubled,
+    fewest,
+    grouping,
     is_counter,
     is_like,
     served,
@@ -34,6 +36,10 @@ _NO_MERGE = (None, None, None, *_NO_RUNNING)
 
 #: Channels that the one program which updates alone takes at once, 8 of a thread, and its warps.
 UPDATED, UPDATING_WARPS = 1024, 4
+
+#: Channels of a program that merges groups: a line of the cache. It reads as many numbers at once
+#: as will be 8 of a thread.
+POOLED, POOLED_PARTS, POOLING_WARPS = 16, 1024, 4
 
 
 @lru_cache(maxsize=1)
@@ -65,18 +71,20 @@ def forward(
     training = bool(flags & calls.TRAINING)
     if (
         not served(x, mask, (weight, bias, running_mean, running_var), eps, channel_dim, flags)
+        or (training and running_mean is not None and len(running_mean) != x.shape[channel_dim])
         or not (residual is None or is_like(residual, x))
         or not (counter is None or is_counter(counter, x))
         or (running_mean is None) != (running_var is None)
         or not momentum <= 1
         or (training and momentum == calls.PLAIN_AVERAGE and counter is None)
-        or (training and mask is None and x.numel() < 2 * x.shape[channel_dim])
+        or (training and mask is None and fewest(x, channel_dim, flags) < 2)
     ):
         return x, None, 0.0, calls.NOT_SERVED
-    of = Operand.of(x, channel_dim, mask if training else None)
+    of = Operand.of(x, channel_dim, mask if training else None, flags)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = of.like(dtype)
-    data = of.x, None if residual is None else of.arranged(residual), y, weight, bias
+    added = None if residual is None else of.arranged(residual)
+    data = of.x, added, y, of.each(weight), of.each(bias)
     with on(x):
         if training:
             running = running_mean, running_var, counter
@@ -85,8 +93,11 @@ def forward(
         if running_mean is None or running_var is None:
             return x, None, 0.0, calls.NOT_SERVED
         given: tuple[Tensor, ...] = running_mean, running_var
-        kept = torch.stack(given).to(torch.float64) if flags & calls.KEEP else None
-        _normalize(of, data, given if kept is None else kept.unbind(), eps, flags)
+        kept = None
+        if flags & calls.KEEP:
+            kept = of.numbers(2, of.row)
+            given = kept[:, : of.slots].copy_(torch.stack(given)).unbind()
+        _normalize(of, data, given, eps, flags)
         return y, kept, 0.0, 0
 
 
@@ -99,13 +110,14 @@ def _train(
     flags: int,
 ) -> tuple[Tensor, Count]:
     """Moments, running update and output; the statistics, and their count."""
-    statistics = of.numbers(2, of.channels)
+    statistics = of.numbers(2, of.row)
     count = None if of.mask is None else of.numbers()
     known: Count = float(of.values) if count is None else count
-    # In a plain average all channels take the batch in or none does: that needs a look at all.
-    apart = momentum == calls.PLAIN_AVERAGE
+    # In a plain average all channels take the batch in or none does: that needs a look at all. And
+    # of groups all are wanted.
+    apart = momentum == calls.PLAIN_AVERAGE or of.groups > 1
     later = apart or flags & calls.LATER or running[0] is None
-    merge: tuple[Any, ...] = statistics, count, *_NO_RUNNING
+    merge: tuple[Any, ...] = statistics, count if of.groups == 1 else None, *_NO_RUNNING
     if not later:
         merge = statistics, count, *running, *doubled(momentum)
     if of.plan.whole:
@@ -119,9 +131,12 @@ def _train(
         else:
             _finish_moments(of, partial, merge)
             _normalize(of, data, statistics.unbind(), eps, flags)
+    if of.groups > 1:
+        _pool(of, statistics, count)
     mean, var, counter = running
     if apart and mean is not None and var is not None and not flags & calls.LATER:
-        update(statistics[0], statistics[1], known, mean, var, counter, momentum)
+        of_batch = statistics[:, -of.channels :].unbind()
+        update(*of_batch, known, mean, var, counter, momentum)
     return statistics, known
 
 
@@ -136,19 +151,28 @@ def _run(kernel: Any, of: Operand, args: tuple[Any, ...], *constants: Any) -> No
 
 def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
     """What merges between the passes."""
-    args = *args, of.channels, of.plan.splits
-    launch(kernel, of.x, (of.channels,), args, (1, of.plan.merged_parts), of.plan.merging_warps)
+    args = *args, of.plan.splits
+    launch(kernel, of.x, (of.slots,), args, (1, of.plan.merged_parts), of.plan.merging_warps)
 
 
 def _partial_moments(of: Operand) -> Tensor:
-    partial = of.numbers(3, of.channels, of.plan.splits)
+    partial = of.numbers(3, of.slots, of.plan.splits)
     args = of.x, of.mask, partial, *of.shape, *of.passes
     _run(device().moments.moments_kernel, of, args)
     return partial
 
 
 def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> None:
-    _merge(device().moments.finish_kernel, of, (partial, *merge))
+    _merge(device().moments.finish_kernel, of, (partial, *merge, of.slots, of.row))
+
+
+def _pool(of: Operand, statistics: Tensor, total: Tensor | None) -> None:
+    """Statistics of all groups together, behind those of each."""
+    args = statistics, of.counts, total, of.channels, of.groups
+    channels = min(POOLED, power_of_two(of.channels))
+    groups = min(POOLED_PARTS // channels, power_of_two(of.groups))
+    grid = (-(-of.channels // channels),)
+    launch(device().moments.pool_kernel, of.x, grid, args, (channels, groups), POOLING_WARPS)
 
 
 def _normalize(
@@ -193,11 +217,16 @@ def moments(
     """The statistics alone, and the total weight behind them."""
     if not served(x, mask, (), 1.0, channel_dim, flags):
         return None, 0.0, calls.NOT_SERVED
-    of = Operand.of(x, channel_dim, mask)
-    statistics = of.numbers(2, of.channels)
+    if flags >> calls.GROUP_BIT and mask is None and fewest(x, channel_dim, flags) < 2:
+        return None, 0.0, calls.NOT_SERVED
+    of = Operand.of(x, channel_dim, mask, flags)
+    statistics = of.numbers(2, of.row)
     count = None if mask is None else of.numbers()
     with on(x):
-        _finish_moments(of, _partial_moments(of), (statistics, count, *_NO_RUNNING))
+        apart = count if of.groups == 1 else None
+        _finish_moments(of, _partial_moments(of), (statistics, apart, *_NO_RUNNING))
+        if of.groups > 1:
+            _pool(of, statistics, count)
     return statistics, float(of.values) if count is None else count, 0
 
 
@@ -227,7 +256,9 @@ def backward(
         flags & calls.WANT_RESIDUAL and activation and y is None
     ):
         return None, None, None, None, calls.NOT_SERVED
-    of = Operand.of(x, channel_dim, mask)
+    of = Operand.of(x, channel_dim, mask, flags)
+    if sums is not None and sums.shape != (2, of.slots):
+        return None, None, None, None, calls.NOT_SERVED
     dx = of.like(x.dtype) if flags & calls.WANT_X else None
     dz = None
     if flags & calls.WANT_RESIDUAL and (activation or mask is not None):
@@ -235,26 +266,24 @@ def backward(
     d_weight = d_bias = None
     if flags & calls.WANT_PARAMETERS:
         like = weight if weight is not None else bias
-        dtype = torch.float64 if like is None else like.dtype
-        d_weight, d_bias = (
-            torch.empty(of.channels, dtype=dtype, device=x.device) for _ in range(2)
-        )
+        dtype = torch.float64 if like is None or of.groups > 1 else like.dtype
+        d_weight, d_bias = (torch.empty(of.slots, dtype=dtype, device=x.device) for _ in range(2))
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask
-    channel = statistics, weight, bias
-    counted = _counted(count)
+    channel = statistics, of.each(weight), of.each(bias)
+    counted = _counted(count if of.groups == 1 else of.counts)
     with on(x):
         if of.plan.whole and sums is None:
             kernel = device().backward.whole_gradient_kernel
             rest = d_weight, d_bias, *counted, *doubled(eps), *of.shape
             _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
-            return dx, dz, d_weight, d_bias, 0
+            return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
         partial = None
         if dz is not None or (sums is None and (training or d_weight is not None)):
             partial = _partial_sums(of, data, dz, channel, eps, flags)
         through = training and dx is not None  # the gradient goes through the moments
         outs = d_weight, d_bias
         if partial is not None and sums is None and not (through and of.plan.folds):
-            sums = of.numbers(2, of.channels) if through else None
+            sums = of.numbers(2, of.slots) if through else None
             _finish_sums(of, partial, sums, *outs)
         if dx is not None:
             if sums is not None or not training:
@@ -267,7 +296,7 @@ def backward(
             args = *data, dx, *channel, *given, *of.shape, *of.passes, of.plan.splits
             kernel = device().backward.gradient_kernel
             _run(kernel, of, args, of.plan.parts, *_activation(flags))
-    return dx, dz, d_weight, d_bias, 0
+    return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
 
 
 def _fits(
@@ -282,11 +311,13 @@ def _fits(
     channel_dim: int,
     flags: int,
 ) -> bool:
+    if not served(x, mask, (weight, bias), eps, channel_dim, flags):
+        return False
+    _, groups = grouping(x, channel_dim, flags)
     return (
-        served(x, mask, (weight, bias), eps, channel_dim, flags)
-        and is_like(dy, x)
+        is_like(dy, x)
         and (y is None or is_like(y, x))
-        and statistics.shape == (2, x.shape[channel_dim])
+        and statistics.shape == (2, (groups + (groups > 1)) * x.shape[channel_dim])
         and statistics.dtype is torch.float64
         and statistics.is_contiguous()
     )
@@ -305,7 +336,7 @@ def _partial_sums(
     eps: float,
     flags: int,
 ) -> Tensor:
-    partial = of.numbers(2, of.channels, of.plan.splits)
+    partial = of.numbers(2, of.slots, of.plan.splits)
     args = *data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes
     _run(device().backward.sums_kernel, of, args, *_activation(flags))
     return partial
@@ -318,7 +349,7 @@ def _finish_sums(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    _merge(device().backward.finish_sums_kernel, of, (partial, sums, d_weight, d_bias))
+    _merge(device().backward.finish_sums_kernel, of, (partial, sums, d_weight, d_bias, of.slots))
 
 
 def backward_reduce(
@@ -336,10 +367,11 @@ def backward_reduce(
     """The first half alone: Σdz and Σdz·x̂ of each channel, float64, for `backward` to be given."""
     if not _fits(dy, x, y, statistics, weight, bias, mask, eps, channel_dim, flags):
         return None, calls.NOT_SERVED
-    of = Operand.of(x, channel_dim, mask)
+    of = Operand.of(x, channel_dim, mask, flags)
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask
-    sums = of.numbers(2, of.channels)
+    channel = statistics, of.each(weight), of.each(bias)
+    sums = of.numbers(2, of.slots)
     with on(x):
-        partial = _partial_sums(of, data, None, (statistics, weight, bias), eps, flags)
+        partial = _partial_sums(of, data, None, channel, eps, flags)
         _finish_sums(of, partial, sums, None, None)
     return sums, 0

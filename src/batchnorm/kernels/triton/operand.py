@@ -23,6 +23,9 @@ from batchnorm.kernels.triton.plans import (
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 NUMBERS = (*ELEMENTS, torch.float64)
 
+#: Groups that a launch has room for on the axis of its grid that they take.
+MOST_GROUPS = 65535
+
 #: eps and its inverse square root must be numbers of float32 too.
 LEAST_EPS, LARGEST_EPS = 1e-30, 1e30
 
@@ -35,25 +38,31 @@ class Operand:
         x: dense, its axes in any order.
         mask: None, or weights as uint8 or floats, (outer, inner), dense.
         lies: how x lies in memory.
-        plan: how it is cut.
+        size: samples in a group.
+        plan: how it is cut, or each group.
     """
 
     x: Tensor
     mask: Tensor | None
     lies: Arrangement
+    size: int
     plan: Plan
 
     @classmethod
-    def of(cls, x: Tensor, channel_dim: int, mask: Tensor | None) -> Operand:
+    def of(cls, x: Tensor, channel_dim: int, mask: Tensor | None, flags: int = 0) -> Operand:
         """Read x and a mask that has its shape with one channel; copy what is not dense."""
         lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
         if lies is None:
-            return cls.of(x.clone(), channel_dim, mask)  # dense, its axes in the same order
+            # Dense, its axes in the same order; or samples apart from one another.
+            dense = x.contiguous() if grouping(x, channel_dim, flags)[1] > 1 else x.clone()
+            return cls.of(dense, channel_dim, mask, flags)
         if mask is not None:
             mask = mask.resolve_neg().permute(lies.order).contiguous()
             mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
-        cut = plan(lies.outer, lies.channels, lies.inner, x.element_size())
-        return cls(x, mask, lies, cut)
+        size, groups = grouping(x, channel_dim, flags)
+        outer = lies.outer if groups == 1 else lies.outer // x.shape[0] * size
+        cut = plan(outer, lies.channels, lies.inner, x.element_size(), groups)
+        return cls(x, mask, lies, size, cut)
 
     @property
     def channels(self) -> int:
@@ -66,10 +75,41 @@ class Operand:
         return self.lies.outer * self.lies.inner
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """What every kernel is told: outer; channels and inner in units."""
+    def groups(self) -> int:
+        """How many of them have statistics of their own."""
+        return self.plan.groups
+
+    @property
+    def slots(self) -> int:
+        """Channels of all groups."""
+        return self.groups * self.channels
+
+    @property
+    def row(self) -> int:
+        """Numbers in a row of statistics: of all groups, and behind several of all together."""
+        return self.slots + self.channels * (self.groups > 1)
+
+    @property
+    def shape(self) -> tuple[int, int | None, int, int]:
+        """What every kernel is told: outer of a group and of all; channels and inner in units."""
         of_channels, of_inner = self.plan.units
-        return self.lies.outer, self.lies.channels // of_channels, self.lies.inner // of_inner
+        outer, all_outer = self.lies.outer, None
+        if self.groups > 1:
+            outer, all_outer = outer // self.x.shape[0] * self.size, outer
+        return outer, all_outer, self.lies.channels // of_channels, self.lies.inner // of_inner
+
+    @property
+    def counts(self) -> Tensor:
+        """The weight that each group's statistics have behind them."""
+        samples = len(self.x)
+        if self.mask is None:
+            weights = self.numbers(samples).fill_(self.values / samples)
+        else:
+            # As the kernels read them.
+            weights = self.mask if self.mask.is_floating_point() else self.mask != 0
+            weights = weights.reshape(samples, -1).to(torch.float32).sum(1, dtype=torch.float64)
+        weights = torch.nn.functional.pad(weights, (0, self.groups * self.size - samples))
+        return weights.view(self.groups, self.size).sum(1)
 
     @property
     def passes(self) -> tuple[int, int, int]:
@@ -77,9 +117,9 @@ class Operand:
         return self.plan.tiles_i, self.plan.tiles, self.plan.per_split
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, int, int]:
         """The programs of a pass."""
-        return self.plan.blocks, self.plan.splits
+        return self.plan.blocks, self.plan.splits, self.groups
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -94,6 +134,31 @@ class Operand:
     def like(self, dtype: torch.dtype) -> Tensor:
         """Room for a tensor that lies as x does."""
         return torch.empty_like(self.x, dtype=dtype)
+
+    def each(self, parameter: Tensor | None) -> Tensor | None:
+        """γ or β of every channel of every group."""
+        if parameter is None or len(parameter) == self.slots:
+            return parameter
+        return parameter.repeat(self.groups)
+
+    def together(
+        self,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of γ and β from those that they have in every group."""
+        if self.groups == 1 or d_weight is None or d_bias is None:
+            return d_weight, d_bias
+        like = weight if weight is not None else bias
+        dtype = torch.float64 if like is None else like.dtype
+        return self._together(d_weight, weight, dtype), self._together(d_bias, bias, dtype)
+
+    def _together(self, gradient: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if parameter is None or len(parameter) == self.channels:
+            gradient = gradient.view(self.groups, self.channels).sum(0)
+        return gradient.to(dtype)
 
     def arranged(self, other: Tensor) -> Tensor:
         """The same values, lying as x does."""
@@ -129,25 +194,52 @@ def served(
     channel_dim: int,
     flags: int,
 ) -> bool:
-    """Whether the kernels can do this: axes, options, one group, a number for each channel."""
+    """Whether the kernels can do this: axes, options, groups, a number for each channel.
+
+    Or one for each channel of each group.
+    """
     if x.dim() < 2 or x.numel() == 0 or negated(x) or not -x.dim() <= channel_dim < x.dim():
         return False
-    size = flags >> calls.GROUP_BIT
-    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    _, groups = grouping(x, channel_dim, flags)
+    channels = x.shape[channel_dim]
     return (
-        (size == 0 or size >= samples)
+        (groups == 1 or (groups <= MOST_GROUPS and apart(x, channel_dim)))
         and (mask is None or mask.device == x.device)
         and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
         and LEAST_EPS <= eps <= LARGEST_EPS
-        and all(v is None or is_vector(v, x, channel_dim) for v in vectors)
+        and all(v is None or is_vector(v, x, (channels, groups * channels)) for v in vectors)
     )
 
 
-def is_vector(vector: Tensor, x: Tensor, channel_dim: int) -> bool:
-    """Whether this has a number for each channel, where the kernels can read and write it."""
+def grouping(x: Tensor, channel_dim: int, flags: int) -> tuple[int, int]:
+    """Samples in a group, and how many groups that makes."""
+    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    size = flags >> calls.GROUP_BIT
+    # Zero first: of a symbolic number of samples nothing may be asked.
+    if size == 0 or size >= samples:
+        return samples, 1
+    return size, -(-samples // size)
+
+
+def fewest(x: Tensor, channel_dim: int, flags: int) -> int:
+    """Values of a channel in the smallest group."""
+    size, groups = grouping(x, channel_dim, flags)
+    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    return (samples - (groups - 1) * size) * (x.numel() // x.shape[channel_dim] // samples)
+
+
+def apart(x: Tensor, channel_dim: int) -> bool:
+    """Whether each sample has a place in memory of its own, or will have."""
+    lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
+    outermost = 0 if lies is None else next(axis for axis in lies.order if x.shape[axis] > 1)
+    return channel_dim % x.dim() != 0 and outermost == 0
+
+
+def is_vector(vector: Tensor, x: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether this has as many numbers, where the kernels can read and write them."""
     return (
         vector.dim() == 1
-        and len(vector) == x.shape[channel_dim]
+        and len(vector) in lengths
         and vector.device == x.device
         and vector.dtype in NUMBERS
         and vector.is_contiguous()

@@ -90,7 +90,7 @@ def arrangement(shape: Sequence[int], strides: Sequence[int], channel: int) -> A
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to cut (outer, channels, inner).
+    """One way to cut (outer, channels, inner), or each of several groups of that shape.
 
     Attributes:
         whole: a program holds all elements of its channels.
@@ -104,6 +104,7 @@ class Plan:
         tiles: tiles of a block in all.
         per_split: tiles of a program.
         splits: programs of a block.
+        groups: how many there are.
     """
 
     whole: bool
@@ -117,6 +118,7 @@ class Plan:
     tiles: int
     per_split: int
     splits: int
+    groups: int = 1
 
     @property
     def in_threads(self) -> tuple[int, int]:
@@ -128,7 +130,8 @@ class Plan:
     def folds(self) -> bool:
         """Whether each program of the second pass merges the parts by itself."""
         of_program = self.splits * self.tile[1] * PARTIAL
-        return self.tile[1] <= FOLDED and self.blocks * self.splits * of_program <= FOLD
+        programs = self.groups * self.blocks * self.splits
+        return self.tile[1] <= FOLDED and programs * of_program <= FOLD
 
     @property
     def parts(self) -> int:
@@ -147,8 +150,8 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
-    """The way to cut this tensor."""
+def plan(outer: int, channels: int, inner: int, itemsize: int, groups: int = 1) -> Plan:
+    """The way to cut this tensor, or each group of one."""
     # The largest power of 2 that divides what is dense, as far as a load of 16 bytes can use it.
     dense = channels if inner == 1 else inner
     width = min(dense & -dense, 16 // itemsize)
@@ -161,13 +164,13 @@ def plan(outer: int, channels: int, inner: int, itemsize: int) -> Plan:
         loads = max(1, size // (32 * warps * width))
         blocks, tiles_i = -(-channels // tile[1]), -(-inner // tile[2])
         tiles = -(-outer // tile[0]) * tiles_i
-        per_split = max(per_split, -(-tiles * blocks // PROGRAMS))
+        per_split = max(per_split, -(-tiles * blocks * groups // PROGRAMS))
         splits = -(-tiles // per_split)
         wide = _wide(outer, channels, inner, tile)
-        cuts = blocks, tiles_i, tiles, per_split, splits
+        cuts = blocks, tiles_i, tiles, per_split, splits, groups
         return Plan(whole, tile, units, wide, warps, loads, *cuts)
 
-    tile = _whole_tile(outer, channels, inner, itemsize)
+    tile = _whole_tile(outer, channels, inner, itemsize, groups)
     if tile is not None:
         return cut(tile, whole=True)
     tile = _tile(outer, channels, inner, itemsize, 32 * WARPS * per_thread)
@@ -190,7 +193,7 @@ def _wide(outer: int, channels: int, inner: int, tile: tuple[int, int, int]) -> 
 
 
 def _whole_tile(
-    outer: int, channels: int, inner: int, itemsize: int
+    outer: int, channels: int, inner: int, itemsize: int, groups: int
 ) -> tuple[int, int, int] | None:
     rows, run = power_of_two(outer), power_of_two(inner)
     # Neighbours in memory that a program should read together.
@@ -198,7 +201,7 @@ def _whole_tile(
     block = min(power_of_two(channels), together)
     if rows * block * run > WHOLE:
         return None
-    while rows * block * run < FEW and channels // (2 * block) >= PROGRAMS // 4:
+    while rows * block * run < FEW and groups * channels // (2 * block) >= PROGRAMS // 4:
         block *= 2
     return rows, block, run
 

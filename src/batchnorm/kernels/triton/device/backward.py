@@ -12,8 +12,11 @@ from batchnorm.kernels.triton.device.tiles import (
     axes,
     double,
     finite,
+    group_of,
     inverse_std,
+    moved,
     or_one,
+    row_length,
     sizes,
     split,
     start,
@@ -25,12 +28,12 @@ from batchnorm.kernels.triton.device.tiles import (
 
 
 @triton.jit
-def read_channels(statistics, channels, weight, bias, c, inside, eps):
+def read_channels(statistics, row, weight, bias, slot, inside, eps):
     """A channel's numbers; and what the mean has besides the first of them, and 1/√(var + eps)."""
-    mean = tl.load(statistics + c, mask=inside, other=0.0)
-    var = tl.load(statistics + channels + c, mask=inside, other=1.0)
+    mean = tl.load(statistics + slot, mask=inside, other=0.0)
+    var = tl.load(statistics + row + slot, mask=inside, other=1.0)
     _, rest = split(mean)
-    numbers = channel_numbers(mean, var, weight, bias, c, inside, eps)
+    numbers = channel_numbers(mean, var, weight, bias, slot, inside, eps)
     return numbers, rest, inverse_std(var, eps)
 
 
@@ -102,10 +105,11 @@ def sums_kernel(
     statistics,
     weight,
     bias,
-    partial,  # (2, channels, splits)
+    partial,  # (2, groups, channels, splits)
     eps_high,
     eps_low,
     outer,
+    all_outer,
     c_units,
     i_units,
     tiles_i,
@@ -125,12 +129,18 @@ def sums_kernel(
 ):
     """Each program: Σdz and Σdz·x̂ of its part of its channels; and dz, where it is wanted."""
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
-    index = tl.program_id(1)
+    index, group = tl.program_id(1), tl.program_id(2)
+    before, outer = group_of(group, outer, all_outer, WIDE)
+    skipped = before * channels * inner
+    dy, x, y = moved(dy, skipped), moved(x, skipped), moved(y, skipped)
+    dz_out, mask = moved(dz_out, skipped), moved(mask, before * inner)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
+    slot, slots = group * channels + channel, tl.num_programs(2) * channels
+    row = row_length(all_outer, slots, channels)
     numbers, rest, invstd = read_channels(
-        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+        statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
@@ -150,8 +160,8 @@ def sums_kernel(
         distance_sum += within_threads(dz * d, RO, RI)
         if dz_out is not None:
             tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
-    stride = tl.num_programs(1).to(tl.int64) * channels
-    to = partial + channel.to(tl.int64) * tl.num_programs(1) + index
+    stride = tl.num_programs(1).to(tl.int64) * slots
+    to = partial + slot.to(tl.int64) * tl.num_programs(1) + index
     of_dz = total(dz_sum, 1, 1)
     tl.store(to, of_dz, mask=known)
     of_lever = lever(total(distance_sum, 1, 1), of_dz, rest, invstd)
@@ -159,14 +169,14 @@ def sums_kernel(
 
 
 @triton.jit
-def added(partial, c, inside, channels, splits, BS: tl.constexpr):
+def added(partial, slot, inside, slots, splits, BS: tl.constexpr):
     """Both sums of all parts of these channels, always in the same order."""
-    dz_sum = tl.zeros(c.shape, tl.float64)
-    lever_sum = tl.zeros(c.shape, tl.float64)
-    stride = (tl.full([], 0, tl.int64) + splits) * channels
+    dz_sum = tl.zeros(slot.shape, tl.float64)
+    lever_sum = tl.zeros(slot.shape, tl.float64)
+    stride = (tl.full([], 0, tl.int64) + splits) * slots
     for first in range(0, splits, BS):
         s = first + tl.arange(0, BS)
-        at = partial + c.to(tl.int64)[None, :] * splits + s[:, None]
+        at = partial + slot.to(tl.int64)[None, :] * splits + s[:, None]
         there = (s < splits)[:, None] & inside[None, :]
         dz_sum += tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
         lever_sum += tl.sum(tl.load(at + stride, mask=there, other=0.0), axis=0)
@@ -174,14 +184,14 @@ def added(partial, c, inside, channels, splits, BS: tl.constexpr):
 
 
 @triton.jit
-def write_sums(dz_sum, lever_sum, c, inside, channels, sums, d_weight, d_bias):
+def write_sums(dz_sum, lever_sum, slot, inside, slots, sums, d_weight, d_bias):
     """Keep both sums, or what they are: the gradients of β and γ."""
     if sums is not None:
-        tl.store(sums + c, dz_sum, mask=inside)
-        tl.store(sums + channels + c, lever_sum, mask=inside)
+        tl.store(sums + slot, dz_sum, mask=inside)
+        tl.store(sums + slots + slot, lever_sum, mask=inside)
     if d_weight is not None:
-        tl.store(d_weight + c, as_stored(lever_sum, d_weight), mask=inside)
-        tl.store(d_bias + c, as_stored(dz_sum, d_bias), mask=inside)
+        tl.store(d_weight + slot, as_stored(lever_sum, d_weight), mask=inside)
+        tl.store(d_bias + slot, as_stored(dz_sum, d_bias), mask=inside)
 
 
 @triton.jit
@@ -215,6 +225,7 @@ def gradient_kernel(
     eps_high,
     eps_low,
     outer,
+    all_outer,
     c_units,
     i_units,
     tiles_i,
@@ -238,25 +249,32 @@ def gradient_kernel(
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
+    group = tl.num_programs(2) - 1 - tl.program_id(2)
+    before, outer = group_of(group, outer, all_outer, WIDE)
+    skipped = before * channels * inner
+    dy, x, y = moved(dy, skipped), moved(x, skipped), moved(y, skipped)
+    dx, mask = moved(dx, skipped), moved(mask, before * inner)
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
+    slot, slots = group * channels + channel, tl.num_programs(2) * channels
+    row = row_length(all_outer, slots, channels)
     numbers, rest, invstd = read_channels(
-        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+        statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
     constant = tl.zeros([1, BC, 1], tl.float32)
     factor = constant
     if (sums is not None) or (partial is not None):
         n = double(count_high, count_low)
         if count is not None:
-            n = tl.load(count)
+            n = tl.load(count + group)
         if sums is not None:
-            dz_sum = tl.load(sums + channel, mask=known, other=0.0)
-            lever_sum = tl.load(sums + channels + channel, mask=known, other=0.0)
+            dz_sum = tl.load(sums + slot, mask=known, other=0.0)
+            lever_sum = tl.load(sums + slots + slot, mask=known, other=0.0)
         else:
-            dz_sum, lever_sum = added(partial, channel, known, channels, splits, BS)
+            dz_sum, lever_sum = added(partial, slot, known, slots, splits, BS)
             if index == 0:
-                write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
+                write_sums(dz_sum, lever_sum, slot, known, slots, None, d_weight, d_bias)
         constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
@@ -294,6 +312,7 @@ def whole_gradient_kernel(
     eps_high,
     eps_low,
     outer,
+    all_outer,
     c_units,
     i_units,
     UC: tl.constexpr,
@@ -311,11 +330,19 @@ def whole_gradient_kernel(
 ):
     """All gradients in one launch: x and dy are read once."""
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
+    group = tl.program_id(2)
+    before, outer = group_of(group, outer, all_outer, WIDE)
+    skipped = before * channels * inner
+    dy, x, y = moved(dy, skipped), moved(x, skipped), moved(y, skipped)
+    dx, dz_out = moved(dx, skipped), moved(dz_out, skipped)
+    mask = moved(mask, before * inner)
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
+    slot, slots = group * channels + channel, tl.num_programs(2) * channels
+    row = row_length(all_outer, slots, channels)
     numbers, rest, invstd = read_channels(
-        statistics, channels, weight, bias, channel, known, double(eps_high, eps_low)
+        statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_oi = (o < outer) & (i < inner)
@@ -325,7 +352,7 @@ def whole_gradient_kernel(
     dz, d, weights = terms(dy, x, y, mask, at, inside, at_mask, numbers, ACTIVATION, SLOPE)
     dz_sum = total(dz, RO, RI)
     lever_sum = lever(total(dz * d, RO, RI), dz_sum, rest, invstd)
-    write_sums(dz_sum, lever_sum, channel, known, channels, None, d_weight, d_bias)
+    write_sums(dz_sum, lever_sum, slot, known, slots, None, d_weight, d_bias)
     if dz_out is not None:
         tl.store(dz_out + at, dz.to(dz_out.dtype.element_ty), mask=inside)
     if dx is not None:
@@ -334,7 +361,7 @@ def whole_gradient_kernel(
         if TRAINING:
             n = double(count_high, count_low)
             if count is not None:
-                n = tl.load(count)
+                n = tl.load(count + group)
             constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
         out = gradient_of(dz, d, weights, mask, numbers[1], constant, factor)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)

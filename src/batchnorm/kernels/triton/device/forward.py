@@ -11,9 +11,12 @@ from batchnorm.kernels.triton.device.tiles import (
     axes,
     double,
     finite,
+    group_of,
     inverse_std,
+    moved,
     or_one,
     parameter,
+    row_length,
     sizes,
     split,
     start,
@@ -34,15 +37,15 @@ def finish(v, residual, at, inside, numbers, ACTIVATION: tl.constexpr, SLOPE: tl
 
 
 @triton.jit
-def channel_numbers(mean, var, weight, bias, c, inside, eps):
+def channel_numbers(mean, var, weight, bias, slot, inside, eps):
     """What an element needs of its channel, to become (x − near) · scale + shift.
 
     Near is the mean as a float32, from which x is subtracted exactly where it is near, too; what
     the mean has besides is in the shift.
     """
     near, rest = split(mean)
-    scale = inverse_std(var, eps) * parameter(weight, c, inside, 1.0)
-    shift = parameter(bias, c, inside, 0.0) - rest * scale
+    scale = inverse_std(var, eps) * parameter(weight, slot, inside, 1.0)
+    shift = parameter(bias, slot, inside, 0.0) - rest * scale
     return along(near), along(scale), along(shift)
 
 
@@ -66,6 +69,7 @@ def normalize_kernel(
     eps_high,
     eps_low,
     outer,
+    all_outer,
     c_units,
     i_units,
     tiles_i,
@@ -92,16 +96,25 @@ def normalize_kernel(
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.num_programs(1) - 1 - tl.program_id(1)
+    group = tl.num_programs(2) - 1 - tl.program_id(2)
+    before, outer = group_of(group, outer, all_outer, WIDE)
+    skipped = before * channels * inner
+    x, residual, y = moved(x, skipped), moved(residual, skipped), moved(y, skipped)
     eps = double(eps_high, eps_low)
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
+    slot = group * channels + channel
     if mean is None:
+        slots = tl.num_programs(2) * channels
         n, of_batch, m2 = conclude(
             partial,
             block,
             tl.num_programs(0),
             channels,
+            group,
+            slots,
+            row_length(all_outer, slots, channels),
             splits,
             statistics,
             count,
@@ -116,9 +129,9 @@ def normalize_kernel(
         )
         var_of = m2 / or_one(n)
     else:
-        of_batch = tl.load(mean + channel, mask=known, other=0.0).to(tl.float64)
-        var_of = tl.load(var + channel, mask=known, other=1.0).to(tl.float64)
-    numbers = channel_numbers(of_batch, var_of, weight, bias, channel, known, eps)
+        of_batch = tl.load(mean + slot, mask=known, other=0.0).to(tl.float64)
+        var_of = tl.load(var + slot, mask=known, other=1.0).to(tl.float64)
+    numbers = channel_numbers(of_batch, var_of, weight, bias, slot, known, eps)
     o, c, i = axes(BO, BC, BI, WIDE)
     inside_c = within(first_c, c, channels, WIDE)
     offsets = (o * channels + c) * inner + i
@@ -194,6 +207,7 @@ def whole_kernel(
     eps_high,
     eps_low,
     outer,
+    all_outer,
     c_units,
     i_units,
     UC: tl.constexpr,
@@ -210,7 +224,11 @@ def whole_kernel(
 ):
     """Moments, running update and output in one launch: x is read once."""
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
-    block = tl.program_id(0)
+    block, group = tl.program_id(0), tl.program_id(2)
+    before, outer = group_of(group, outer, all_outer, WIDE)
+    skipped = before * channels * inner
+    x, residual, y = moved(x, skipped), moved(residual, skipped), moved(y, skipped)
+    mask = moved(mask, before * inner)
     first_c = block * BC
     at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)
     v, n, mean, m2 = whole_moments(
@@ -218,12 +236,14 @@ def whole_kernel(
     )
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
+    slot = group * channels + channel
     numbers = channel_numbers(
-        mean, m2 / or_one(n), weight, bias, channel, known, double(eps_high, eps_low)
+        mean, m2 / or_one(n), weight, bias, slot, known, double(eps_high, eps_low)
     )
     out = finish(v, residual, at, inside, numbers, ACTIVATION, SLOPE)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
-    keep(n, mean, m2, channel, known, channels, statistics, count)
+    row = row_length(all_outer, tl.num_programs(2) * channels, channels)
+    keep(n, mean, m2, slot, known, row, statistics, count)
     if running_mean is not None:
         sound = are_sound(n, mean, m2, running_mean, running_var, known)
         share = double(share_high, share_low)

@@ -10,6 +10,8 @@ from batchnorm.kernels.triton.device.tiles import (
     double,
     elements_before,
     finite,
+    group_of,
+    moved,
     or_one,
     sizes,
     start,
@@ -181,8 +183,9 @@ def moments_of(
 def moments_kernel(
     x,
     mask,
-    partial,  # (3, channels, splits)
+    partial,  # (3, groups, channels, splits)
     outer,
+    all_outer,
     c_units,
     i_units,
     tiles_i,
@@ -198,12 +201,14 @@ def moments_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Each program: the moments of its part of its channels."""
+    """Each program: the moments of its part of its channels, in its group."""
     index = tl.program_id(1)
     first_c = tl.program_id(0) * BC
     tile = index * per_split
     end = tl.minimum(tile + per_split, tiles)
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
+    before, outer = group_of(tl.program_id(2), outer, all_outer, WIDE)
+    x, mask = moved(x, before * channels * inner), moved(mask, before * inner)
     n, mean, m2 = moments_of(
         x,
         mask,
@@ -224,38 +229,43 @@ def moments_kernel(
     )
     c = first_c + tl.arange(0, BC)
     inside = c < channels
-    stride = tl.num_programs(1).to(tl.int64) * channels
-    at = partial + c.to(tl.int64) * tl.num_programs(1) + index
+    slot = tl.program_id(2) * channels + c
+    stride = tl.num_programs(1).to(tl.int64) * channels * tl.num_programs(2)
+    at = partial + slot.to(tl.int64) * tl.num_programs(1) + index
     tl.store(at, n, mask=inside)
     tl.store(at + stride, mean, mask=inside)
     tl.store(at + 2 * stride, m2, mask=inside)
 
 
 @triton.jit
-def merged(partial, c, inside, channels, splits, BS: tl.constexpr):
+def joined(n, mean, m2, counts, means, squares):
+    """Moments with those of more parts, one in each row."""
+    more = tl.sum(counts, axis=0)
+    # Shares before products: a part that is alone in having elements comes out as it is.
+    centre = tl.sum(counts / or_one(more)[None, :] * means, axis=0)
+    apart = means - centre[None, :]
+    m2 += tl.sum(squares, axis=0) + tl.sum(counts * apart * apart, axis=0)
+    delta = centre - mean
+    share = more / or_one(n + more)
+    return n + more, mean + delta * share, m2 + delta * delta * (n * share)
+
+
+@triton.jit
+def merged(partial, slot, inside, slots, splits, BS: tl.constexpr):
     """Moments of all parts of these channels, always in the same order."""
-    n = tl.zeros(c.shape, tl.float64)
-    mean = tl.zeros(c.shape, tl.float64)
-    m2 = tl.zeros(c.shape, tl.float64)
+    n = tl.zeros(slot.shape, tl.float64)
+    mean = tl.zeros(slot.shape, tl.float64)
+    m2 = tl.zeros(slot.shape, tl.float64)
     # A size that is 1 comes as a constant, which has no methods.
-    stride = (tl.full([], 0, tl.int64) + splits) * channels
+    stride = (tl.full([], 0, tl.int64) + splits) * slots
     for first in range(0, splits, BS):
         s = first + tl.arange(0, BS)
-        at = partial + c.to(tl.int64)[None, :] * splits + s[:, None]
+        at = partial + slot.to(tl.int64)[None, :] * splits + s[:, None]
         there = (s < splits)[:, None] & inside[None, :]
         counts = tl.load(at, mask=there, other=0.0)
         means = tl.load(at + stride, mask=there, other=0.0)
         squares = tl.load(at + 2 * stride, mask=there, other=0.0)
-        more = tl.sum(counts, axis=0)
-        # Shares before products: a part that is alone in having elements comes out as it is.
-        centre = tl.sum(counts / or_one(more)[None, :] * means, axis=0)
-        apart = means - centre[None, :]
-        m2 += tl.sum(squares, axis=0) + tl.sum(counts * apart * apart, axis=0)
-        delta = centre - mean
-        share = more / or_one(n + more)
-        mean += delta * share
-        m2 += delta * delta * (n * share)
-        n += more
+        n, mean, m2 = joined(n, mean, m2, counts, means, squares)
     return n, mean, m2
 
 
@@ -282,12 +292,12 @@ def take_in(n, mean, m2, c, sound, running_mean, running_var, share):
 
 
 @triton.jit
-def keep(n, mean, m2, c, inside, channels, statistics, count):
-    """Write mean and biased variance, (2, channels), and the count where it is not known."""
-    tl.store(statistics + c, mean, mask=inside)
-    tl.store(statistics + channels + c, m2 / or_one(n), mask=inside)
+def keep(n, mean, m2, slot, inside, row, statistics, count):
+    """Write mean and biased variance, (2, row), and the count where it is not known."""
+    tl.store(statistics + slot, mean, mask=inside)
+    tl.store(statistics + row + slot, m2 / or_one(n), mask=inside)
     if count is not None:
-        tl.store(count + c, n, mask=inside & (c == 0))
+        tl.store(count + slot, n, mask=inside & (slot == 0))
 
 
 @triton.jit
@@ -296,6 +306,9 @@ def conclude(
     block,
     blocks,
     channels,
+    group,
+    slots,
+    row,
     splits,
     statistics,
     count,
@@ -310,14 +323,16 @@ def conclude(
 ):
     """Moments of a block of channels from its parts; one program for each block writes them.
 
-    The counter counts a batch that any channel has taken in. The program of the first block looks
-    at its own, and only if all of those refuse at the others': so no program waits for another.
+    Running statistics are given only where there is one group. The counter counts a batch that any
+    channel has taken in. The program of the first block looks at its own, and only if all of those
+    refuse at the others': so no program waits for another.
     """
     c = block * BC + tl.arange(0, BC)
     inside = c < channels
-    n, mean, m2 = merged(partial, c, inside, channels, splits, BS)
+    slot = group * channels + c
+    n, mean, m2 = merged(partial, slot, inside, slots, splits, BS)
     if writes:
-        keep(n, mean, m2, c, inside, channels, statistics, count)
+        keep(n, mean, m2, slot, inside, row, statistics, count)
         if running_mean is not None:
             sound = are_sound(n, mean, m2, running_mean, running_var, inside)
             share = double(share_high, share_low)
@@ -348,16 +363,23 @@ def finish_kernel(
     share_high,
     share_low,
     channels,
+    row,
     splits,
     BC: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Merge alone, where there are too many parts for each program of the next pass to do it."""
+    """Merge alone, where there are too many parts for each program of the next pass to do it.
+
+    The channels of all groups are one after the other here, and none knows which is whose.
+    """
     conclude(
         partial,
         tl.program_id(0),
         tl.num_programs(0),
         channels,
+        0,
+        channels,
+        row,
         splits,
         statistics,
         count,
@@ -370,6 +392,36 @@ def finish_kernel(
         BC,
         BS,
     )
+
+
+@triton.jit
+def pool_kernel(
+    statistics,
+    counts,  # of each group
+    total,
+    channels,
+    groups,
+    BC: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """Moments of all groups together, behind those of each; and their count."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < channels
+    slots = (tl.full([], 0, tl.int64) + groups) * channels
+    n = tl.zeros([BC], tl.float64)
+    mean = tl.zeros([BC], tl.float64)
+    m2 = tl.zeros([BC], tl.float64)
+    for first in range(0, groups, BG):
+        g = first + tl.arange(0, BG)
+        there = (g < groups)[:, None] & inside[None, :]
+        at = statistics + g.to(tl.int64)[:, None] * channels + c[None, :]
+        weights = tl.load(counts + g, mask=g < groups, other=0.0)[:, None] + tl.zeros(
+            [BG, BC], tl.float64
+        )
+        means = tl.load(at, mask=there, other=0.0)
+        squares = tl.load(at + slots + channels, mask=there, other=0.0) * weights
+        n, mean, m2 = joined(n, mean, m2, weights, means, squares)
+    keep(n, mean, m2, c, inside, slots + channels, statistics + slots, total)
 
 
 @triton.jit

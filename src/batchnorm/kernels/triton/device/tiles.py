@@ -44,6 +44,41 @@ def sizes(c_units, i_units, UC: tl.constexpr, UI: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
+def group_of(number, outer, all_outer, WIDE: tl.constexpr):
+    """How many rows lie before a group of samples, and how many of `outer` it has.
+
+    The last one may have fewer. All are one group where `all_outer` is None.
+    """
+    before = tl.full([], 0, tl.int64)
+    rows = outer
+    if all_outer is not None:
+        before += number
+        before *= outer
+        rows = tl.minimum(all_outer - before, outer)
+        if not WIDE:
+            rows = rows.to(tl.int32)
+    return before, rows
+
+
+@triton.jit
+def moved(pointer, by):
+    """A pointer to so many elements behind, if there is one."""
+    there = pointer
+    if pointer is not None:
+        there = pointer + by
+    return there
+
+
+@triton.jit
+def row_length(all_outer, slots, channels):
+    """Numbers in a row of statistics: those of each group, and behind them those of all."""
+    length = slots
+    if all_outer is not None:
+        length += channels
+    return length
+
+
+@triton.jit
 def start(tile, tiles_i, BO: tl.constexpr, BI: tl.constexpr):
     """The first outer and the first inner index of a tile."""
     zero = tl.full([], 0, tl.int64)
@@ -129,12 +164,12 @@ def split(mean):
 
 
 @triton.jit
-def parameter(pointer, c, inside, default: tl.constexpr):
+def parameter(pointer, slot, inside, default: tl.constexpr):
     """γ or β of channels."""
     if pointer is None:
-        found = tl.full(c.shape, default, tl.float32)
+        found = tl.full(slot.shape, default, tl.float32)
     else:
-        found = tl.load(pointer + c, mask=inside, other=0).to(tl.float32)
+        found = tl.load(pointer + slot, mask=inside, other=0).to(tl.float32)
     return found
 
 
