@@ -19,6 +19,7 @@ In the interpreter bfloat16 is cut off rather than rounded: one u more of what i
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 import oracle
@@ -118,6 +119,39 @@ def served(y):
     return y.grad_fn.name() == "KernelFunctionBackward"
 
 
+def wanted(dy, x, residual, mask, weight, bias, options):
+    """A group's results by the oracle, and the magnitude of what each is the sum of."""
+    options = {**options, "residual": residual, "mask": mask}
+    eps, channel_dim = options["eps"], options["channel_dim"]
+    channels = x.shape[channel_dim]
+    f = oracle.forward(x, weight, bias, **options)
+    dx, d_weight, d_bias, dz = oracle.backward(dy, x, weight, bias, **options)
+    column = lambda v: oracle.wide(v)[:, None]  # noqa: E731
+    up = lambda rows: oracle.unrows(rows, x.shape, channel_dim)  # noqa: E731
+    gamma = torch.ones(channels) if weight is None else weight
+    beta = torch.zeros(channels) if bias is None else bias
+    s = 1 / (f.var + eps) ** 0.5
+    added = 0 if residual is None else oracle.rows(abs(oracle.wide(residual)), channel_dim)
+    y_size = up(abs(column(gamma)) * (abs(f.x_hat) + 1) + abs(column(beta)) + added)
+    flow = oracle.rows(abs(oracle.wide(dz)), channel_dim)
+    lean, tilt = flow.sum(1), (flow * (abs(f.x_hat) + 1)).sum(1)
+    training = options["given"] is None
+    pull = f.weights / f.count * (column(lean) + abs(f.x_hat) * column(tilt)) * training
+    dx_size = up(abs(column(gamma)) * column(s) * (flow + pull))
+    return {
+        "y": (f.y, y_size),
+        "dx": (dx, dx_size),
+        "dz": (dz, abs(dz)),
+        "d_weight": (d_weight, tilt),
+        "d_bias": (d_bias, lean),
+    }
+
+
+def together(of_groups, name, joined):
+    """A result of all groups and its magnitude, concatenated or summed."""
+    return [joined([group[name][k] for group in of_groups]) for k in range(2)]
+
+
 def check(
     x,
     *,
@@ -133,8 +167,12 @@ def check(
     kept=torch.float32,
     hostile=1,
     eps=EPS,
+    size=None,
 ):
-    """One step, forward and backward, against the oracle; the errors in parts of their bounds."""
+    """One step, forward and backward, against the oracle; the errors in parts of their bounds.
+
+    With a size, in groups of so many samples.
+    """
     channels = x.shape[channel_dim]
     weight, bias = (normal(channels, dtype=parameters) if there else None for there in affine)
     buffers = normal(channels, dtype=kept), normal(channels, dtype=kept).square() + 0.5
@@ -146,27 +184,26 @@ def check(
     options = {"mask": mask, "activation": activation, "channel_dim": channel_dim, "eps": eps}
     y = batch_norm(
         leaves["x"], *buffers, leaves.get("weight"), leaves.get("bias"), training, momentum,
-        residual=leaves.get("residual"), **options,
+        residual=leaves.get("residual"), virtual_batch_size=size, **options,
     )  # fmt: skip
     assert served(y)
     assert y.dtype is stored
     assert y.shape == x.shape
     grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
 
-    options |= {"given": None if training else old, "residual": residual}
-    f = oracle.forward(x, weight, bias, **options)
-    dx, d_weight, d_bias, dz = oracle.backward(dy, x, weight, bias, **options)
-    column = lambda v: oracle.wide(v)[:, None]  # noqa: E731
-    up = lambda rows: oracle.unrows(rows, x.shape, channel_dim)  # noqa: E731
-    gamma = torch.ones(channels) if weight is None else weight
-    beta = torch.zeros(channels) if bias is None else bias
-    s = 1 / (f.var + eps) ** 0.5
-    added = 0 if residual is None else oracle.rows(abs(oracle.wide(residual)), channel_dim)
-    y_size = up(abs(column(gamma)) * (abs(f.x_hat) + 1) + abs(column(beta)) + added)
-    flow = oracle.rows(abs(oracle.wide(dz)), channel_dim)
-    lean, tilt = flow.sum(1), (flow * (abs(f.x_hat) + 1)).sum(1)
-    pull = f.weights / f.count * (column(lean) + abs(f.x_hat) * column(tilt)) * training
-    dx_size = up(abs(column(gamma)) * column(s) * (flow + pull))
+    options["given"] = None if training else old
+    here = [slice(None)]  # an axis of channels may be the first, and has no groups
+    if size is not None:
+        here = [slice(at, at + size) for at in range(0, len(x), size)]
+    of_groups = [
+        wanted(
+            *(None if t is None else t[k] for t in (dy, x, residual, mask)), weight, bias, options
+        )
+        for k in here
+    ]
+    y_want, dx_want, dz_want = (together(of_groups, k, np.concatenate) for k in ("y", "dx", "dz"))
+    d_weight, d_bias = (together(of_groups, k, sum) for k in ("d_weight", "d_bias"))
+    f = oracle.forward(x, weight, bias, residual=residual, **options)
     sums = SUMS * hostile
     ratios = {}
 
@@ -179,14 +216,14 @@ def check(
         ratios[name] = float((error / bound).max())
         assert (error <= bound).all(), f"{name}: {ratios[name]:.3g} times the bound"
 
-    within("y", y, f.y, ELEMENT + training * sums, y_size)
-    within("dx", grads["x"], dx, ELEMENT + sums, dx_size)
+    within("y", y, y_want[0], ELEMENT + training * sums, y_want[1])
+    within("dx", grads["x"], dx_want[0], ELEMENT + sums, dx_want[1])
     if weight is not None:
-        within("d_weight", grads["weight"], d_weight, ELEMENT + sums, tilt)
+        within("d_weight", grads["weight"], d_weight[0], ELEMENT + sums, d_weight[1])
     if bias is not None:
-        within("d_bias", grads["bias"], d_bias, ELEMENT + sums, lean)
+        within("d_bias", grads["bias"], d_bias[0], ELEMENT + sums, d_bias[1])
     if residual is not None:
-        within("d_residual", grads["residual"], dz, 1, abs(dz))
+        within("d_residual", grads["residual"], dz_want[0], 1, dz_want[1])
     want = oracle.running(*old, f, momentum) if training else map(oracle.wide, old)
     sizes = momentum * f.var**0.5, momentum * f.unbiased
     for name, got, new, size, before, of_batch in zip(

@@ -43,6 +43,7 @@ class Case:
         mask: its dtype, or None.
         whole: whether one launch each way does it.
         dense: the dtypes in which every access to elements can be one of 16 bytes.
+        size: samples in a group, 0 for all in one.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +54,7 @@ class Case:
     mask: torch.dtype | None = None
     whole: bool = False
     dense: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    size: int = 0
 
     @property
     def name(self) -> str:
@@ -60,6 +62,7 @@ class Case:
         words += [("", "relu", "leaky")[self.activation], "residual" if self.residual else ""]
         words += [] if self.affine else ["bare"]
         words += [str(self.mask).removeprefix("torch.")] if self.mask else []
+        words += [f"by{self.size}"] if self.size else []
         return "-".join(word for word in words if word)
 
 
@@ -83,6 +86,9 @@ CASES = [
     Case((64, 256), activation=1, whole=True),
     Case((32, 512, 7, 7), activation=1, residual=True, whole=True, dense=()),
     Case((128, 256, 8, 8), whole=True),
+    Case((256, 64, 56, 56), activation=1, residual=True, size=32),
+    Case((250, 64, 56, 56), last=True, activation=1, size=32),
+    Case((4096, 256), size=32, whole=True),
 ]
 
 
@@ -104,7 +110,7 @@ def launched(case: Case, dtype: torch.dtype, capability: int) -> tuple[Operand, 
         mask = torch.empty((case.shape[0], 1, *case.shape[2:]), dtype=case.mask, device="meta")
     weight, bias = (numbers(), numbers()) if case.affine else (None, None)
     counter = torch.empty((), dtype=torch.int64, device="meta")
-    flags = case.activation | calls.TRAINING
+    flags = case.activation | calls.TRAINING | case.size << calls.GROUP_BIT
     with compiled(capability) as codes:
         y, statistics, count, served = launch.forward(
             *(x, weight, bias, residual, mask, numbers(), numbers(), counter),
@@ -119,7 +125,7 @@ def launched(case: Case, dtype: torch.dtype, capability: int) -> tuple[Operand, 
             *(elements(), x, sign, statistics, weight, bias, mask, None, count, 1e-5, 1, flags)
         )
         assert served != calls.NOT_SERVED
-    return Operand.of(x, 1, mask), codes
+    return Operand.of(x, 1, mask, flags), codes
 
 
 def narrow(accesses: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], int]:

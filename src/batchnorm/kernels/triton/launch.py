@@ -135,8 +135,8 @@ def _train(
         _pool(of, statistics, count)
     mean, var, counter = running
     if apart and mean is not None and var is not None and not flags & calls.LATER:
-        of_batch = statistics[:, -of.channels :].unbind()
-        update(*of_batch, known, mean, var, counter, momentum)
+        batch_mean, batch_var = statistics[:, -of.channels :]
+        update(batch_mean, batch_var, known, mean, var, counter, momentum)
     return statistics, known
 
 

@@ -207,7 +207,10 @@ def served(
         and (mask is None or mask.device == x.device)
         and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
         and LEAST_EPS <= eps <= LARGEST_EPS
-        and all(v is None or is_vector(v, x, (channels, groups * channels)) for v in vectors)
+        and all(
+            v is None or is_vector(v, x, channels) or is_vector(v, x, groups * channels)
+            for v in vectors
+        )
     )
 
 
@@ -235,11 +238,11 @@ def apart(x: Tensor, channel_dim: int) -> bool:
     return channel_dim % x.dim() != 0 and outermost == 0
 
 
-def is_vector(vector: Tensor, x: Tensor, lengths: tuple[int, ...]) -> bool:
+def is_vector(vector: Tensor, x: Tensor, length: int) -> bool:
     """Whether this has as many numbers, where the kernels can read and write them."""
     return (
         vector.dim() == 1
-        and len(vector) in lengths
+        and len(vector) == length
         and vector.device == x.device
         and vector.dtype in NUMBERS
         and vector.is_contiguous()

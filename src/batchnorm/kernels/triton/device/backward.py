@@ -16,8 +16,8 @@ from batchnorm.kernels.triton.device.tiles import (
     inverse_std,
     moved,
     or_one,
-    row_length,
     sizes,
+    slots_of,
     split,
     start,
     total,
@@ -137,8 +137,7 @@ def sums_kernel(
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    slot, slots = group * channels + channel, tl.num_programs(2) * channels
-    row = row_length(all_outer, slots, channels)
+    slot, slots, row = slots_of(group, channel, channels, all_outer)
     numbers, rest, invstd = read_channels(
         statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
@@ -257,8 +256,7 @@ def gradient_kernel(
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    slot, slots = group * channels + channel, tl.num_programs(2) * channels
-    row = row_length(all_outer, slots, channels)
+    slot, slots, row = slots_of(group, channel, channels, all_outer)
     numbers, rest, invstd = read_channels(
         statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
@@ -267,7 +265,7 @@ def gradient_kernel(
     if (sums is not None) or (partial is not None):
         n = double(count_high, count_low)
         if count is not None:
-            n = tl.load(count + group)
+            n = tl.load(count + (0 if all_outer is None else group))
         if sums is not None:
             dz_sum = tl.load(sums + slot, mask=known, other=0.0)
             lever_sum = tl.load(sums + slots + slot, mask=known, other=0.0)
@@ -339,8 +337,7 @@ def whole_gradient_kernel(
     first_c = tl.program_id(0) * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    slot, slots = group * channels + channel, tl.num_programs(2) * channels
-    row = row_length(all_outer, slots, channels)
+    slot, slots, row = slots_of(group, channel, channels, all_outer)
     numbers, rest, invstd = read_channels(
         statistics, row, weight, bias, slot, known, double(eps_high, eps_low)
     )
@@ -361,7 +358,7 @@ def whole_gradient_kernel(
         if TRAINING:
             n = double(count_high, count_low)
             if count is not None:
-                n = tl.load(count + group)
+                n = tl.load(count + (0 if all_outer is None else group))
             constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
         out = gradient_of(dz, d, weights, mask, numbers[1], constant, factor)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)

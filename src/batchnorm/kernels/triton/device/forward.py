@@ -16,8 +16,8 @@ from batchnorm.kernels.triton.device.tiles import (
     moved,
     or_one,
     parameter,
-    row_length,
     sizes,
+    slots_of,
     split,
     start,
     total,
@@ -104,17 +104,16 @@ def normalize_kernel(
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    slot = group * channels + channel
+    slot, slots, row = slots_of(group, channel, channels, all_outer)
     if mean is None:
-        slots = tl.num_programs(2) * channels
         n, of_batch, m2 = conclude(
             partial,
             block,
             tl.num_programs(0),
-            channels,
-            group,
+            slot,
+            known,
             slots,
-            row_length(all_outer, slots, channels),
+            row,
             splits,
             statistics,
             count,
@@ -236,13 +235,12 @@ def whole_kernel(
     )
     channel = first_c + tl.arange(0, BC)
     known = channel < channels
-    slot = group * channels + channel
+    slot, _slots, row = slots_of(group, channel, channels, all_outer)
     numbers = channel_numbers(
         mean, m2 / or_one(n), weight, bias, slot, known, double(eps_high, eps_low)
     )
     out = finish(v, residual, at, inside, numbers, ACTIVATION, SLOPE)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
-    row = row_length(all_outer, tl.num_programs(2) * channels, channels)
     keep(n, mean, m2, slot, known, row, statistics, count)
     if running_mean is not None:
         sound = are_sound(n, mean, m2, running_mean, running_var, known)

@@ -14,6 +14,7 @@ from batchnorm.kernels.triton.device.tiles import (
     moved,
     or_one,
     sizes,
+    slots_of,
     start,
     total,
     weights_at,
@@ -229,8 +230,8 @@ def moments_kernel(
     )
     c = first_c + tl.arange(0, BC)
     inside = c < channels
-    slot = tl.program_id(2) * channels + c
-    stride = tl.num_programs(1).to(tl.int64) * channels * tl.num_programs(2)
+    slot, slots, _ = slots_of(tl.program_id(2), c, channels, all_outer)
+    stride = tl.num_programs(1).to(tl.int64) * slots
     at = partial + slot.to(tl.int64) * tl.num_programs(1) + index
     tl.store(at, n, mask=inside)
     tl.store(at + stride, mean, mask=inside)
@@ -305,8 +306,8 @@ def conclude(
     partial,
     block,
     blocks,
-    channels,
-    group,
+    slot,
+    inside,
     slots,
     row,
     splits,
@@ -327,24 +328,21 @@ def conclude(
     channel has taken in. The program of the first block looks at its own, and only if all of those
     refuse at the others': so no program waits for another.
     """
-    c = block * BC + tl.arange(0, BC)
-    inside = c < channels
-    slot = group * channels + c
     n, mean, m2 = merged(partial, slot, inside, slots, splits, BS)
     if writes:
         keep(n, mean, m2, slot, inside, row, statistics, count)
         if running_mean is not None:
             sound = are_sound(n, mean, m2, running_mean, running_var, inside)
             share = double(share_high, share_low)
-            take_in(n, mean, m2, c, sound, running_mean, running_var, share)
+            take_in(n, mean, m2, slot, sound, running_mean, running_var, share)
             if counter is not None:
                 if block == 0:
                     taken = tl.max(sound.to(tl.int32), axis=0)
                     other = block + 1
                     while (taken == 0) & (other < blocks):
                         there = other * BC + tl.arange(0, BC)
-                        found = there < channels
-                        counts, means, squares = merged(partial, there, found, channels, splits, BS)
+                        found = there < slots
+                        counts, means, squares = merged(partial, there, found, slots, splits, BS)
                         sound = are_sound(counts, means, squares, running_mean, running_var, found)
                         taken = tl.max(sound.to(tl.int32), axis=0)
                         other += 1
@@ -362,7 +360,7 @@ def finish_kernel(
     counter,
     share_high,
     share_low,
-    channels,
+    slots,
     row,
     splits,
     BC: tl.constexpr,
@@ -370,15 +368,16 @@ def finish_kernel(
 ):
     """Merge alone, where there are too many parts for each program of the next pass to do it.
 
-    The channels of all groups are one after the other here, and none knows which is whose.
+    Where there are groups, their channels are one after the other here, and none knows its group.
     """
+    slot = tl.program_id(0) * BC + tl.arange(0, BC)
     conclude(
         partial,
         tl.program_id(0),
         tl.num_programs(0),
-        channels,
-        0,
-        channels,
+        slot,
+        slot < slots,
+        slots,
         row,
         splits,
         statistics,

@@ -70,12 +70,16 @@ def moved(pointer, by):
 
 
 @triton.jit
-def row_length(all_outer, slots, channels):
-    """Numbers in a row of statistics: those of each group, and behind them those of all."""
-    length = slots
+def slots_of(group, channel, channels, all_outer):
+    """Where the numbers of a group's channels stand, how many such there are, and in a row.
+
+    In a row of statistics those of all groups together come behind those of each.
+    """
+    slot, slots, row = channel, channels, channels
     if all_outer is not None:
-        length += channels
-    return length
+        slot, slots = group * channels + channel, tl.num_programs(2) * channels
+        row = slots + channels
+    return slot, slots, row
 
 
 @triton.jit
