@@ -99,7 +99,9 @@ def normalize_kernel(
     group = tl.num_programs(2) - 1 - tl.program_id(2)
     before, outer = group_of(group, outer, all_outer, WIDE)
     skipped = before * channels * inner
-    x, residual, y = moved(x, skipped), moved(residual, skipped), moved(y, skipped)
+    x = moved(x, skipped)
+    residual = moved(residual, skipped)
+    y = moved(y, skipped)
     eps = double(eps_high, eps_low)
     first_c = block * BC
     channel = first_c + tl.arange(0, BC)
@@ -226,7 +228,9 @@ def whole_kernel(
     block, group = tl.program_id(0), tl.program_id(2)
     before, outer = group_of(group, outer, all_outer, WIDE)
     skipped = before * channels * inner
-    x, residual, y = moved(x, skipped), moved(residual, skipped), moved(y, skipped)
+    x = moved(x, skipped)
+    residual = moved(residual, skipped)
+    y = moved(y, skipped)
     mask = moved(mask, before * inner)
     first_c = block * BC
     at, inside = whole_tile(first_c, outer, channels, inner, BO, BC, BI, WIDE)

@@ -209,7 +209,8 @@ def moments_kernel(
     end = tl.minimum(tile + per_split, tiles)
     channels, inner = sizes(c_units, i_units, UC, UI, WIDE)
     before, outer = group_of(tl.program_id(2), outer, all_outer, WIDE)
-    x, mask = moved(x, before * channels * inner), moved(mask, before * inner)
+    x = moved(x, before * channels * inner)
+    mask = moved(mask, before * inner)
     n, mean, m2 = moments_of(
         x,
         mask,

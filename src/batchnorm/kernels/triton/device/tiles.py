@@ -62,7 +62,7 @@ def group_of(number, outer, all_outer, WIDE: tl.constexpr):
 
 @triton.jit
 def moved(pointer, by):
-    """A pointer to so many elements behind, if there is one."""
+    """A pointer to so many elements behind, if there is one. (One in a statement: Triton 3.6.)"""
     there = pointer
     if pointer is not None:
         there = pointer + by
