@@ -69,6 +69,29 @@ def test_parameters_that_are_not_there(cut, affine):
 
 
 @each_path
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_does_not_count_may_be_nan(cut, layout):
+    """Then it is as if its gradient had been 0: in each group by the group's own mask."""
+    shape = (7, 3, 5)
+    x, dy, (weight, bias) = normal(*shape), normal(*shape), normal(2, 3)
+    mask = by_groups(shape, 3)
+    counted = mask.unsqueeze(1)
+    results = []
+    for values, gradient in (
+        (x.where(counted, torch.nan), dy),
+        (x.where(counted, 7.0), dy.where(counted, 0.0)),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (lay(values, layout), weight, bias)]
+        buffers = torch.zeros(2, 3, device=DEVICE)
+        y = batch_norm(*(leaves[0], *buffers, *leaves[1:], True), mask=mask, virtual_batch_size=3)
+        assert served(y)
+        dx, *parameters = torch.autograd.grad(y, leaves, gradient)
+        results.append([*(t.where(counted, 0.0) for t in (y, dx)), *parameters, buffers])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@each_path
 def test_far_from_zero_and_from_one_another(cut):
     x = normal(12, 3, 5) + 1e5
     x[4:8] += 10
