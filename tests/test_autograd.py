@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchnorm import batch_norm
-from batchnorm.kernels import native
+from interpreted import KERNELS, MISSING
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
