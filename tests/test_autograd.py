@@ -51,7 +51,7 @@ def test_first_and_second_order(training, mask_kind, activation):
 @pytest.mark.parametrize("training", [True, False])
 def test_second_order_through_kernels_in_float32(training):
     """Forward by kernels that compute in float32; the second order must be float64's."""
-    wanted = "aten" if native.MISSING else "native"
+    wanted = "aten" if MISSING else KERNELS.NAME
 
     def penalty(dtype):
         torch.manual_seed(3)
