@@ -1,7 +1,7 @@
 """What differs where Triton's interpreter computes on the CPU: see `make interpreted`.
 
-The suites that are named there hold by the C++ kernels and by Triton's alike. What a test expects of
-one of them only it asks for here, so that all that does is found in one place.
+The suites named there hold by the C++ kernels and by Triton's alike. What a test expects of one of
+them only, it asks for here.
 """
 
 import contextlib
@@ -12,12 +12,21 @@ from batchnorm import NonFiniteWarning
 from batchnorm.kernels import native, triton
 from batchnorm.kernels.triton.operand import ELEMENTS
 
-#: The kernels that serve whole calls of float32, and why there are none.
+#: The kernels that whole calls are for.
 KERNELS = triton if triton.INTERPRETED else native
-MISSING = triton.missing() if triton.INTERPRETED else native.MISSING
 
-#: For a test of what the Triton kernels leave to others.
-float64_only = pytest.mark.skipif(triton.INTERPRETED, reason="Triton leaves float64 to plain torch")
+
+def _not_there(reason):
+    return pytest.mark.skipif(triton.INTERPRETED, reason=reason)
+
+
+float64_only = _not_there("the Triton kernels leave float64 to plain torch")
+too_large = _not_there("takes half a minute, and kernels/triton cuts small tensors as finely")
+
+
+def missing():
+    """Why those kernels are not there, or None."""
+    return triton.missing() if triton.INTERPRETED else native.MISSING
 
 
 def computes(dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchnorm import batch_norm
-from interpreted import KERNELS, MISSING
+from batchnorm.kernels import native
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -51,7 +51,7 @@ def test_first_and_second_order(training, mask_kind, activation):
 @pytest.mark.parametrize("training", [True, False])
 def test_second_order_through_kernels_in_float32(training):
     """Forward by kernels that compute in float32; the second order must be float64's."""
-    wanted = "aten" if MISSING else KERNELS.NAME
+    wanted = "aten" if native.MISSING else "native"
 
     def penalty(dtype):
         torch.manual_seed(3)

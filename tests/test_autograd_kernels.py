@@ -14,9 +14,9 @@ from batchnorm import (
     accumulate_statistics,
     batch_norm,
 )
-from interpreted import KERNELS, MISSING, float64_only, leave_out
+from interpreted import KERNELS, float64_only, leave_out, missing
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))

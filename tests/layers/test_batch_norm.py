@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import oracle
 from batchnorm import BatchNorm, InputError, batch_norm
-from interpreted import warns_of_non_finite
+from interpreted import too_large, warns_of_non_finite
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -262,7 +262,7 @@ def test_the_default_device_and_dtype_do_not_matter():
     assert torch.equal(bn.running_var, want.running_var)
 
 
-@pytest.mark.parametrize("rows", [64, 70_000])
+@pytest.mark.parametrize("rows", [64, pytest.param(70_000, marks=too_large)])
 def test_vmap_over_parameters_in_float32(rows):
     """Where the input itself is not mapped, and in every size: other kernels would serve."""
     x, weights = torch.randn(rows, 3), torch.randn(2, 3)
@@ -279,6 +279,7 @@ def test_vmap_over_parameters_in_float32(rows):
         torch.testing.assert_close(got, want, rtol=0, atol=64 * 2.0**-24 * 5)
 
 
+@too_large
 def test_two_threads():
     torch.set_num_threads(2)
     try:
