@@ -42,7 +42,6 @@ test: lint
 
 # The Triton kernels' tests without a GPU, in Triton's interpreter; and those of what is built on them,
 # by them: suites of which many tests call whole kernels, in float32 or less.
-# (The interpreter is NumPy, which warns of what no GPU does.)
 CONTRACTS := $(addprefix tests/, \
   layers/test_batch_norm.py layers/test_layouts.py layers/test_persistence.py \
   test_autograd_kernels.py test_functional.py test_numerics.py test_renorm.py test_renorm_faults.py \
@@ -50,8 +49,7 @@ CONTRACTS := $(addprefix tests/, \
   tools/test_recalibrate_state.py)
 interpreted: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton
-	TRITON_INTERPRET=1 BATCHNORM_DISABLE=native $(BIN)/python -m pytest -n 2 --dist worksteal \
-	  -W ignore::RuntimeWarning $(CONTRACTS)
+	TRITON_INTERPRET=1 BATCHNORM_DISABLE=native $(BIN)/python -m pytest -n 2 --dist worksteal $(CONTRACTS)
 
 quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
