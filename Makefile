@@ -40,11 +40,16 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(MAKE) interpreted
 
-# The Triton kernels' tests without a GPU, in Triton's interpreter; and processes that share statistics
-# by them. (The interpreter is NumPy, which warns of what no GPU does.)
+# The Triton kernels' tests without a GPU, in Triton's interpreter; and those of what is built on them,
+# by them: suites of which many tests call whole kernels, in float32 or less.
+CONTRACTS := $(addprefix tests/, \
+  layers/test_batch_norm.py layers/test_layouts.py layers/test_persistence.py \
+  test_autograd_kernels.py test_functional.py test_numerics.py test_renorm.py test_renorm_faults.py \
+  test_sync.py tools/test_accumulate.py tools/test_bank.py tools/test_freeze.py tools/test_pause.py \
+  tools/test_recalibrate_state.py)
 interpreted: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton
-	TRITON_INTERPRET=1 BATCHNORM_DISABLE=native $(BIN)/python -m pytest -n 2 -W ignore::RuntimeWarning tests/test_sync.py
+	TRITON_INTERPRET=1 BATCHNORM_DISABLE=native $(BIN)/python -m pytest -n 2 --dist worksteal $(CONTRACTS)
 
 quick: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

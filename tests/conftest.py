@@ -12,10 +12,11 @@ import sys
 import threading
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
-from batchnorm.kernels import native
+from batchnorm.kernels import native, triton
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("batchnorm", deadline=None, derandomize=True, max_examples=60)
@@ -27,6 +28,10 @@ if GLIBC := sys.platform == "linux":
     # poison what the C++ kernels allocate. M_PERTURB is -6; glibc fills with the complement of the
     # value's last byte, and takes 0 for off, but not 256.
     ctypes.CDLL(None).mallopt(-6, 256)
+
+if triton.INTERPRETED:
+    # The interpreter is NumPy, which warns of what no GPU does.
+    np.seterr(all="ignore")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the layer and the functions make of the C++ kernels: gradients, hooks, who else serves."""
+"""What the layer and the functions make of kernels: gradients, hooks, who else serves."""
 
 import contextlib
 
@@ -14,9 +14,9 @@ from batchnorm import (
     accumulate_statistics,
     batch_norm,
 )
-from batchnorm.kernels import native
+from interpreted import KERNELS, float64_only, leave_out, missing
 
-pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))
@@ -31,7 +31,7 @@ def test_gradients_of_any_of_the_inputs(wanted, affine, training, shape, activat
     bias = torch.randn(3) if affine in ("both", "bias") else None
     inputs = [x, weight, bias, residual]
     results = []
-    for name in ("native", None):
+    for name in (KERNELS.NAME, None):
         leaves = [
             None if t is None else t.clone().requires_grad_(bool(wanted >> k & 1))
             for k, t in enumerate(inputs)
@@ -41,7 +41,7 @@ def test_gradients_of_any_of_the_inputs(wanted, affine, training, shape, activat
             pytest.skip("nothing is asked for")
         with pytest.MonkeyPatch.context() as patch:
             if name is None:
-                patch.setattr(native, "MISSING", "for comparison")
+                leave_out(patch)
             statistics = torch.zeros(3), torch.ones(3)
             y = batch_norm(
                 leaves[0],
@@ -51,7 +51,7 @@ def test_gradients_of_any_of_the_inputs(wanted, affine, training, shape, activat
                 residual=leaves[3],
                 activation=activation,
             )
-            assert (y.grad_fn.backend == "native") == (name == "native")
+            assert (y.grad_fn.backend == KERNELS.NAME) == (name is not None)
             torch.manual_seed(1)
             results.append(torch.autograd.grad(y, asked, torch.randn(shape)))
     for a, b in zip(*results, strict=True):
@@ -183,6 +183,7 @@ def test_what_autograd_saved_of_the_buffers_is_known_to_have_changed(momentum, a
             loss.backward()
 
 
+@float64_only
 @pytest.mark.parametrize("size", [None, 2])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 @pytest.mark.parametrize("affine", [True, False])
@@ -198,7 +199,7 @@ def test_second_order_with_an_activation_and_no_residual(training, affine, activ
         wanted = [t for t in leaves if t is not None]
         with pytest.MonkeyPatch.context() as patch:
             if not served:
-                patch.setattr(native, "MISSING", "for comparison")
+                leave_out(patch)
             y = batch_norm(
                 *(leaves[0], *(s.clone() for s in statistics), *leaves[1:], training),
                 activation=activation,
@@ -215,7 +216,7 @@ def test_second_order_with_an_activation_and_no_residual(training, affine, activ
                 else ()
             )
         assert len(functions) == (2 if affine else int(training))
-        assert (getattr(y.grad_fn, "backend", None) == "native") == served
+        assert (getattr(y.grad_fn, "backend", None) == KERNELS.NAME) == served
         results.append([*first, *(s for s in second if s is not None)])
     # float64, and sums of some 15 terms.
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import oracle
-from batchnorm import InputError, NonFiniteWarning, batch_norm, batch_norm_pure
+from batchnorm import InputError, batch_norm, batch_norm_pure
 from batchnorm.moments import Moments
 from batchnorm.running import updated
+from interpreted import warns_of_non_finite
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -62,9 +63,8 @@ def test_non_finite_statistics_stay_out_of_the_buffers(poison, dtype):
     clean = mean.clone(), var.clone()
     x[3, 1] = poison
     mean, var = fresh(dtype)
-    with pytest.warns(
-        NonFiniteWarning, match=r"1 of 3 channels \(1\).*left as they were.*loss scale, the data$"
-    ):
+    told = r"1 of 3 channels \(1\).*left as they were.*loss scale, the data$"
+    with warns_of_non_finite(dtype, match=told):
         y = batch_norm(x, mean, var, training=True)
     assert y[:, 1].isnan().all()
     for got, good, initial in zip((mean, var), clean, fresh(dtype), strict=True):
@@ -77,16 +77,16 @@ def test_a_variance_beyond_the_buffers_dtype_counts_as_infinite():
     x = torch.randn(8, 3)
     x[:, 2] *= 1e25  # finite, and so is y; the variance 1e50 is not in float32
     mean, var = fresh()
-    with pytest.warns(NonFiniteWarning, match=r"channels \(2\)"):
+    with warns_of_non_finite(x.dtype, match=r"channels \(2\)"):
         y = batch_norm(x, mean, var, training=True)
     assert (abs(oracle.wide(y) - oracle.forward(x).y) <= 1e-6).all()
     assert (mean[2], var[2]) == (0, 1)
 
 
 def test_many_bad_channels_are_summed_up():
-    mean, var = torch.zeros(20), torch.ones(20)
-    with pytest.warns(NonFiniteWarning, match=r"20 of 20 channels \(0, 1, 2, 3, 4, 5, 6, 7, …\)"):
-        batch_norm(torch.full((4, 20), torch.nan), mean, var, training=True)
+    x, mean, var = torch.full((4, 20), torch.nan), torch.zeros(20), torch.ones(20)
+    with warns_of_non_finite(x.dtype, match=r"20 of 20 channels \(0, 1, 2, 3, 4, 5, 6, 7, …\)"):
+        batch_norm(x, mean, var, training=True)
 
 
 def test_no_moments_no_update():

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import oracle
-from batchnorm import BatchNorm, InputError, NonFiniteWarning, batch_norm
+from batchnorm import BatchNorm, InputError, batch_norm
+from interpreted import too_large, warns_of_non_finite
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -39,7 +40,8 @@ def test_training_with_a_mask_uses_what_counts_only():
 def test_non_finite_batches_are_told_once_with_the_layers_name():
     net = nn.Sequential(nn.Linear(4, 3), nn.Sequential(BatchNorm(3), nn.ReLU()))
     bad = torch.full((5, 4), torch.nan)
-    with pytest.warns(NonFiniteWarning, match=r"layer '1\.0', BatchNorm\(3\): .*NaN or infinity"):
+    named = r"layer '1\.0', BatchNorm\(3\): .*NaN or infinity"
+    with warns_of_non_finite(bad.dtype, match=named):
         net(bad)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -192,7 +194,7 @@ def test_a_plain_average_has_no_part_of_a_refused_batch(bad):
     bn, clean = BatchNorm(3, momentum=None), BatchNorm(3, momentum=None)
     poisoned = torch.randn(8, 3)
     poisoned[0, bad] = torch.nan
-    with pytest.warns(NonFiniteWarning):
+    with warns_of_non_finite(poisoned.dtype):
         bn(poisoned)
     assert bn.num_batches_tracked == 0
     for _ in range(2):
@@ -207,7 +209,7 @@ def test_with_a_momentum_a_batch_counts_if_any_channel_took_it_in():
     bn = BatchNorm(3)
     x = torch.randn(8, 3)
     x[0, 1] = torch.nan
-    with pytest.warns(NonFiniteWarning):
+    with warns_of_non_finite(x.dtype):
         bn(x)
     assert bn.num_batches_tracked == 1
     bn(torch.full((8, 3), torch.nan))
@@ -232,7 +234,7 @@ def test_naming_the_layer_keeps_nothing_alive():
         def forward(self, x):
             big = torch.randn(1000)
             alive = weakref.ref(big)
-            with pytest.warns(NonFiniteWarning, match="layer 'bn'"):
+            with warns_of_non_finite(x.dtype, match="layer 'bn'"):
                 self.bn(x)
             del big
             return alive()
@@ -260,7 +262,7 @@ def test_the_default_device_and_dtype_do_not_matter():
     assert torch.equal(bn.running_var, want.running_var)
 
 
-@pytest.mark.parametrize("rows", [64, 70_000])
+@pytest.mark.parametrize("rows", [64, pytest.param(70_000, marks=too_large)])
 def test_vmap_over_parameters_in_float32(rows):
     """Where the input itself is not mapped, and in every size: other kernels would serve."""
     x, weights = torch.randn(rows, 3), torch.randn(2, 3)
@@ -277,6 +279,7 @@ def test_vmap_over_parameters_in_float32(rows):
         torch.testing.assert_close(got, want, rtol=0, atol=64 * 2.0**-24 * 5)
 
 
+@too_large
 def test_two_threads():
     torch.set_num_threads(2)
     try:

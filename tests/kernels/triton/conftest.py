@@ -1,6 +1,5 @@
 """The Triton kernels: on a GPU; without one, in Triton's interpreter: TRITON_INTERPRET=1."""
 
-import numpy as np
 import pytest
 
 import triton_steps
@@ -11,9 +10,6 @@ from batchnorm.kernels import triton
 def _they_serve(without_native):
     if (reason := triton.missing()) is not None:
         pytest.skip(reason)
-    # Interpreted, kernels are NumPy, which warns of what no GPU does.
-    with np.errstate(all="ignore"):
-        yield
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ if (reason := triton.missing()) is not None:
 @pytest.fixture(autouse=True)
 def fresh_compiler(without_native):
     torch._dynamo.reset()
-    # Interpreted, kernels are NumPy, which warns of what no GPU does.
-    with np.errstate(all="ignore"):
-        yield
+    yield
     torch._dynamo.reset()
 
 

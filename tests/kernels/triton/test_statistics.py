@@ -5,6 +5,7 @@ import torch
 
 import oracle
 from batchnorm import BatchNorm
+from batchnorm.kernels import triton
 from triton_steps import DEVICE, EPS, PATHS, counts, normal
 
 each_path = pytest.mark.parametrize("cut", PATHS, indirect=True)
@@ -137,6 +138,23 @@ def test_what_is_not_finite_stays_in_its_channel(cut, value, activation, shape):
         torch.testing.assert_close(got[:, others], want, rtol=1e-5, atol=1e-6)
     # As torch's own layers: NaN is passed on, through a relu too.
     assert results[0][0][:, 2].isnan().all()
+
+
+@each_path
+@pytest.mark.parametrize("value", [NAN, 1e4, 1e30])  # summed again: from a better pivot, or smaller
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_one_channel_holds_leaves_the_others_their_bits(cut, value, masked):
+    x = normal(7, 5, 3)
+    mask = counts(x.shape).unsqueeze(1) if masked else None
+    odd = x.clone()
+    odd[0, 2], others = value, [0, 1, 3, 4]
+    if masked:
+        mask[0] = True
+    for call in (
+        lambda x: triton.moments(x, mask, 1, 0)[0][:, others],
+        lambda x: layer(5)(x, None if mask is None else mask[:, 0])[:, others],
+    ):
+        assert torch.equal(call(odd), call(x))
 
 
 @each_path

@@ -163,10 +163,11 @@ def moments_of(
     # No division for each channel: every thread makes those of all its channels.
     share = 1.0 / or_one(n)
     moved = d_sum * d_sum * share
-    far = moved > FAR * FAR * (squares - moved)
-    if tl.max(tl.where(far | ~finite(squares), 1, 0), axis=0) > 0:
+    again = (moved > FAR * FAR * (squares - moved)) | ~finite(squares)
+    if tl.max(tl.where(again, 1, 0), axis=0) > 0:
+        # The other channels come out as they were: what one of them holds is nothing to the rest.
         better = (pivot.to(tl.float64) + d_sum * share).to(tl.float32)
-        pivot = tl.where(finite(better), better, pivot)
+        pivot = tl.where(again & finite(better), better, pivot)
         scale = tl.where(finite(squares), 1.0, SMALL)
         d_sum, squares, pivot, _ = sums_of(
             x, mask, pivot, scale, first_c, begin, end, outer, channels, inner, tiles_i,
