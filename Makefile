@@ -44,8 +44,9 @@ test: lint
 # by them: suites of which many tests call whole kernels, in float32 or less.
 CONTRACTS := $(addprefix tests/, \
   layers/test_batch_norm.py layers/test_layouts.py layers/test_persistence.py \
-  test_autograd_kernels.py test_functional.py test_numerics.py test_renorm.py test_renorm_faults.py \
-  test_sync.py tools/test_accumulate.py tools/test_bank.py tools/test_freeze.py tools/test_pause.py \
+  test_autograd_kernels.py test_functional.py test_ghost.py test_ghost_layer.py test_ghost_masks.py \
+  test_numerics.py test_renorm.py test_renorm_faults.py test_sync.py \
+  tools/test_accumulate.py tools/test_bank.py tools/test_freeze.py tools/test_pause.py \
   tools/test_recalibrate_state.py)
 interpreted: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton

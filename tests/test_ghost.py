@@ -12,6 +12,7 @@ from batchnorm import InputError, batch_norm
 from batchnorm.ghost import Groups
 from batchnorm.kernels import blocked, native
 from ghost_steps import check
+from interpreted import too_large
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -74,6 +75,7 @@ def test_each_shape_layout_and_dtype(kind, layout, dtype):
 EDGES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33]
 
 
+@too_large
 @pytest.mark.parametrize("threads", [1, 2])
 @given(
     samples=st.integers(2, 40),
@@ -187,6 +189,7 @@ def test_cutting_and_joining(size, lead, samples, channel_dim, masked):
         assert cut_mask.sum() == pytest.approx(float(total), rel=1e-5)
 
 
+@too_large
 def test_same_bits_again():
     for threads in (1, 2):
         torch.set_num_threads(threads)

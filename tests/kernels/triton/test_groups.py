@@ -1,5 +1,7 @@
 """Groups of samples, each by its own statistics (virtual_batch_size), however they are cut."""
 
+import math
+
 import pytest
 import torch
 
@@ -238,3 +240,22 @@ def test_same_call_same_bits_and_every_group_alike(cut):
         assert torch.equal(first, again)
         assert torch.equal(first[:3], first[3:6])
         assert torch.equal(first[:3], first[6:])
+
+
+@each_path
+@pytest.mark.parametrize("size", [2, 4])
+def test_where_nothing_counts_outputs_stay_in_range(cut, size):
+    """Of a group or of a batch: variance 1. By √eps, 1000 would become more than float16 holds."""
+    x = torch.full((4, 3, 2), 1000.0, dtype=F16, device=DEVICE)
+    mask = torch.zeros(4, 2, dtype=torch.bool, device=DEVICE)
+    if size == 2:
+        x[:2], mask[:2] = normal(2, 3, 2), True
+    y, statistics, count, code = triton.forward(
+        *(x, None, None, None, mask.unsqueeze(1), None, None, None, 0.1, EPS, 1),
+        size << calls.GROUP_BIT | calls.TRAINING | calls.KEEP,
+    )
+    assert code == 0
+    assert count == mask.sum()
+    assert (y[2:] == x[2:] / math.sqrt(1 + EPS)).all()
+    of_nothing = statistics[:, 3:6] if size == 2 else statistics
+    assert of_nothing.tolist() == [[0.0] * 3, [1.0] * 3]

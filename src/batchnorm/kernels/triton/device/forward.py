@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.device.moments import SMALL, are_sound, conclude, keep, take_in
+from batchnorm.kernels.triton.device.moments import (
+    SMALL,
+    are_sound,
+    conclude,
+    keep,
+    take_in,
+    variance,
+)
 from batchnorm.kernels.triton.device.tiles import (
     activate,
     affine,
@@ -128,7 +135,7 @@ def normalize_kernel(
             BC,
             BS,
         )
-        var_of = m2 / or_one(n)
+        var_of = variance(n, m2)
     else:
         of_batch = tl.load(mean + slot, mask=known, other=0.0).to(tl.float64)
         var_of = tl.load(var + slot, mask=known, other=1.0).to(tl.float64)
@@ -241,7 +248,7 @@ def whole_kernel(
     known = channel < channels
     slot, _slots, row = slots_of(group, channel, channels, all_outer)
     numbers = channel_numbers(
-        mean, m2 / or_one(n), weight, bias, slot, known, double(eps_high, eps_low)
+        mean, variance(n, m2), weight, bias, slot, known, double(eps_high, eps_low)
     )
     out = finish(v, residual, at, inside, numbers, ACTIVATION, SLOPE)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)

@@ -295,10 +295,16 @@ def take_in(n, mean, m2, c, sound, running_mean, running_var, share):
 
 
 @triton.jit
+def variance(n, m2):
+    """The biased one; 1 where nothing counts, so that what is normalised by it stays in range."""
+    return tl.where(n > 0, m2 / or_one(n), 1.0)
+
+
+@triton.jit
 def keep(n, mean, m2, slot, inside, row, statistics, count):
     """Write mean and biased variance, (2, row), and the count where it is not known."""
     tl.store(statistics + slot, mean, mask=inside)
-    tl.store(statistics + row + slot, m2 / or_one(n), mask=inside)
+    tl.store(statistics + row + slot, variance(n, m2), mask=inside)
     if count is not None:
         tl.store(count + slot, n, mask=inside & (slot == 0))
 

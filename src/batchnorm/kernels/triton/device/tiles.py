@@ -62,8 +62,8 @@ def group_of(number, outer, all_outer, WIDE: tl.constexpr):
 
 @triton.jit
 def moved(pointer, by):
-    """A pointer to so many elements behind, if there is one. (One in a statement: Triton 3.6.)"""
-    there = pointer
+    """A pointer to so many elements behind, if there is one."""
+    there = pointer  # one in a statement: Triton 3.6 knows no tuples with None
     if pointer is not None:
         there = pointer + by
     return there
