@@ -122,7 +122,7 @@ def _train(
         merge = statistics, count, *running, *doubled(momentum)
     if of.plan.whole:
         x, *others = data
-        args = x, of.mask, *others, *merge, *doubled(eps), *of.shape
+        args = x, of.mask, *others, *merge, *doubled(eps), *of.plan.shape
         _run(device().forward.whole_kernel, of, args, *_activation(flags))
     else:
         partial = _partial_moments(of)
@@ -146,7 +146,7 @@ def _activation(flags: int) -> tuple[int, float]:
 
 def _run(kernel: Any, of: Operand, args: tuple[Any, ...], *constants: Any) -> None:
     """A pass, or all of it in one launch."""
-    launch(kernel, of.x, of.grid, args, (*of.constants, *constants), of.plan.warps)
+    launch(kernel, of.x, of.plan.grid, args, (*of.plan.constants, *constants), of.plan.warps)
 
 
 def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
@@ -157,7 +157,7 @@ def _merge(kernel: Any, of: Operand, args: tuple[Any, ...]) -> None:
 
 def _partial_moments(of: Operand) -> Tensor:
     partial = of.numbers(3, of.slots, of.plan.splits)
-    args = of.x, of.mask, partial, *of.shape, *of.passes
+    args = of.x, of.mask, partial, *of.plan.shape, *of.plan.passes
     _run(device().moments.moments_kernel, of, args)
     return partial
 
@@ -184,7 +184,7 @@ def _normalize(
     merge: tuple[Any, ...] = _NO_MERGE,
 ) -> None:
     """y by the moments given, or by those that are to be merged."""
-    args = *data, *given, *merge, *doubled(eps), *of.shape, *of.passes, of.plan.splits
+    args = *data, *given, *merge, *doubled(eps), *of.plan.shape, *of.plan.passes, of.plan.splits
     _run(device().forward.normalize_kernel, of, args, of.plan.parts, *_activation(flags))
 
 
@@ -274,7 +274,7 @@ def backward(
     with on(x):
         if of.plan.whole and sums is None:
             kernel = device().backward.whole_gradient_kernel
-            rest = d_weight, d_bias, *counted, *doubled(eps), *of.shape
+            rest = d_weight, d_bias, *counted, *doubled(eps), *of.plan.shape
             _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
             return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
         partial = None
@@ -293,7 +293,7 @@ def backward(
             if dz is not None and (activation < 2 or dz.dtype is torch.float32):
                 data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
             given = sums if training else None, partial, *outs, *counted, *doubled(eps)
-            args = *data, dx, *channel, *given, *of.shape, *of.passes, of.plan.splits
+            args = *data, dx, *channel, *given, *of.plan.shape, *of.plan.passes, of.plan.splits
             kernel = device().backward.gradient_kernel
             _run(kernel, of, args, of.plan.parts, *_activation(flags))
     return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
@@ -337,7 +337,7 @@ def _partial_sums(
     flags: int,
 ) -> Tensor:
     partial = of.numbers(2, of.slots, of.plan.splits)
-    args = *data, dz, *channel, partial, *doubled(eps), *of.shape, *of.passes
+    args = *data, dz, *channel, partial, *doubled(eps), *of.plan.shape, *of.plan.passes
     _run(device().backward.sums_kernel, of, args, *_activation(flags))
     return partial
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import calls
-from batchnorm.kernels.triton.plans import (
-    STAGES,
-    Arrangement,
-    Plan,
-    arrangement,
-    plan,
-)
+from batchnorm.kernels.triton.plans import Arrangement, Plan, arrangement, plan
 
 #: Elements; and numbers of a channel, which the kernels turn into float64.
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +23,7 @@ MOST_GROUPS = 65535
 LEAST_EPS, LARGEST_EPS = 1e-30, 1e30
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """The tensor that a call is about.
 
     Attributes:
@@ -59,9 +51,11 @@ class Operand:
         if mask is not None:
             mask = mask.resolve_neg().permute(lies.order).contiguous()
             mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
+        outer, all_outer = lies.outer, None
         size, groups = grouping(x, channel_dim, flags)
-        outer = lies.outer if groups == 1 else lies.outer // x.shape[0] * size
-        cut = plan(outer, lies.channels, lies.inner, x.element_size(), groups)
+        if groups > 1:
+            outer, all_outer = outer // x.shape[0] * size, outer
+        cut = plan(outer, lies.channels, lies.inner, x.element_size(), all_outer)
         return cls(x, mask, lies, size, cut)
 
     @property
@@ -90,15 +84,6 @@ class Operand:
         return self.slots + self.channels * (self.groups > 1)
 
     @property
-    def shape(self) -> tuple[int, int | None, int, int]:
-        """What every kernel is told: outer of a group and of all; channels and inner in units."""
-        of_channels, of_inner = self.plan.units
-        outer, all_outer = self.lies.outer, None
-        if self.groups > 1:
-            outer, all_outer = outer // self.x.shape[0] * self.size, outer
-        return outer, all_outer, self.lies.channels // of_channels, self.lies.inner // of_inner
-
-    @property
     def counts(self) -> Tensor:
         """The weight that each group's statistics have behind them."""
         samples = len(self.x)
@@ -110,22 +95,6 @@ class Operand:
             weights = weights.reshape(samples, -1).to(torch.float32).sum(1, dtype=torch.float64)
         weights = torch.nn.functional.pad(weights, (0, self.groups * self.size - samples))
         return weights.view(self.groups, self.size).sum(1)
-
-    @property
-    def passes(self) -> tuple[int, int, int]:
-        """What the kernels of two passes are told besides."""
-        return self.plan.tiles_i, self.plan.tiles, self.plan.per_split
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """The programs of a pass."""
-        return self.plan.blocks, self.plan.splits, self.groups
-
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """What every kernel is compiled for: UC, UI, BO, BC, BI, RO, RI, WIDE, STAGES."""
-        cut = self.plan
-        return *cut.units, *cut.tile, *cut.in_threads, cut.wide, STAGES
 
     def numbers(self, *shape: int) -> Tensor:
         """Room for float64 numbers on x's device."""
@@ -200,35 +169,37 @@ def served(
     """
     if x.dim() < 2 or x.numel() == 0 or negated(x) or not -x.dim() <= channel_dim < x.dim():
         return False
-    _, groups = grouping(x, channel_dim, flags)
-    channels = x.shape[channel_dim]
+    slots = channels = x.shape[channel_dim]
+    if flags >> calls.GROUP_BIT:
+        _, groups = grouping(x, channel_dim, flags)
+        if groups > MOST_GROUPS or (groups > 1 and not apart(x, channel_dim)):
+            return False
+        slots *= groups
     return (
-        (groups == 1 or (groups <= MOST_GROUPS and apart(x, channel_dim)))
-        and (mask is None or mask.device == x.device)
+        (mask is None or mask.device == x.device)
         and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
         and LEAST_EPS <= eps <= LARGEST_EPS
-        and all(
-            v is None or is_vector(v, x, channels) or is_vector(v, x, groups * channels)
-            for v in vectors
-        )
+        and all(v is None or is_vector(v, x, channels) or is_vector(v, x, slots) for v in vectors)
     )
 
 
 def grouping(x: Tensor, channel_dim: int, flags: int) -> tuple[int, int]:
-    """Samples in a group, and how many groups that makes."""
-    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    """Samples in a group, if any is asked for, and how many groups that makes."""
     size = flags >> calls.GROUP_BIT
-    # Zero first: of a symbolic number of samples nothing may be asked.
-    if size == 0 or size >= samples:
-        return samples, 1
-    return size, -(-samples // size)
+    if size == 0:  # at once: a graph may not ask a symbolic number of samples
+        return 0, 1
+    samples = x.shape[0 if channel_dim % x.dim() else 1]
+    return (size, -(-samples // size)) if size < samples else (samples, 1)
 
 
 def fewest(x: Tensor, channel_dim: int, flags: int) -> int:
     """Values of a channel in the smallest group."""
+    values = x.numel() // x.shape[channel_dim]
     size, groups = grouping(x, channel_dim, flags)
+    if groups == 1:
+        return values
     samples = x.shape[0 if channel_dim % x.dim() else 1]
-    return (samples - (groups - 1) * size) * (x.numel() // x.shape[channel_dim] // samples)
+    return (samples - (groups - 1) * size) * (values // samples)
 
 
 def apart(x: Tensor, channel_dim: int) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 #: Bytes that a thread reads of a tile: four loads of 16. Where memory is not aligned for those, at
 #: most 16 loads: each needs an address and a comparison of its own, and 32 of them 230 registers.
@@ -92,7 +93,10 @@ def arrangement(shape: Sequence[int], strides: Sequence[int], channel: int) -> A
 class Plan:
     """One way to cut (outer, channels, inner), or each of several groups of that shape.
 
+    What follows from it is asked in each call, and kept.
+
     Attributes:
+        shape: outer, of a group and of all, or None if that is one; channels and inner in units.
         whole: a program holds all elements of its channels.
         tile: outer, channels and inner of a tile, powers of 2.
         units: powers of 2 that divide channels and inner, of which the kernels are to know.
@@ -107,6 +111,7 @@ class Plan:
         groups: how many there are.
     """
 
+    shape: tuple[int, int | None, int, int]
     whole: bool
     tile: tuple[int, int, int]
     units: tuple[int, int]
@@ -118,7 +123,22 @@ class Plan:
     tiles: int
     per_split: int
     splits: int
-    groups: int = 1
+    groups: int
+
+    @cached_property
+    def grid(self) -> tuple[int, int, int]:
+        """The programs of a pass."""
+        return self.blocks, self.splits, self.groups
+
+    @cached_property
+    def passes(self) -> tuple[int, int, int]:
+        """What the kernels of two passes are told besides the shape."""
+        return self.tiles_i, self.tiles, self.per_split
+
+    @cached_property
+    def constants(self) -> tuple[Any, ...]:
+        """What every kernel is compiled for: UC, UI, BO, BC, BI, RO, RI, WIDE, STAGES."""
+        return *self.units, *self.tile, *self.in_threads, self.wide, STAGES
 
     @property
     def in_threads(self) -> tuple[int, int]:
@@ -126,32 +146,35 @@ class Plan:
         rows, _, run = self.tile
         return (1, min(self.loads, run)) if rows == 1 else (min(self.loads, rows), 1)
 
-    @property
+    @cached_property
     def folds(self) -> bool:
         """Whether each program of the second pass merges the parts by itself."""
         of_program = self.splits * self.tile[1] * PARTIAL
         programs = self.groups * self.blocks * self.splits
         return self.tile[1] <= FOLDED and programs * of_program <= FOLD
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """How many parts a program of the second pass reads at once."""
         return min(power_of_two(self.splits), max(1, PARTS // self.tile[1]))
 
-    @property
+    @cached_property
     def merged_parts(self) -> int:
         """How many parts a launch that only merges reads at once."""
         return min(power_of_two(self.splits), MERGED_PARTS)
 
-    @property
+    @cached_property
     def merging_warps(self) -> int:
         """Warps of a program that only merges."""
         return max(1, self.merged_parts // (32 * 8))
 
 
 @lru_cache(maxsize=1024)
-def plan(outer: int, channels: int, inner: int, itemsize: int, groups: int = 1) -> Plan:
-    """The way to cut this tensor, or each group of one."""
+def plan(
+    outer: int, channels: int, inner: int, itemsize: int, all_outer: int | None = None
+) -> Plan:
+    """The way to cut this tensor, or each group of one that has more rows in all."""
+    groups = 1 if all_outer is None else -(-all_outer // outer)
     # The largest power of 2 that divides what is dense, as far as a load of 16 bytes can use it.
     dense = channels if inner == 1 else inner
     width = min(dense & -dense, 16 // itemsize)
@@ -168,7 +191,8 @@ def plan(outer: int, channels: int, inner: int, itemsize: int, groups: int = 1) 
         splits = -(-tiles // per_split)
         wide = _wide(outer, channels, inner, tile)
         cuts = blocks, tiles_i, tiles, per_split, splits, groups
-        return Plan(whole, tile, units, wide, warps, loads, *cuts)
+        shape = outer, all_outer, channels // units[0], inner // units[1]
+        return Plan(shape, whole, tile, units, wide, warps, loads, *cuts)
 
     tile = _whole_tile(outer, channels, inner, itemsize, groups)
     if tile is not None:
