@@ -45,9 +45,9 @@ POOLED, POOLED_PARTS, POOLING_WARPS = 16, 1024, 4
 @lru_cache(maxsize=1)
 def device() -> Any:
     """The kernels, imported when they are wanted first: Triton takes half a second."""
-    from batchnorm.kernels.triton.device import backward, forward, moments
+    from batchnorm.kernels.triton.device import backward, forward, merge, moments
 
-    return SimpleNamespace(backward=backward, forward=forward, moments=moments)
+    return SimpleNamespace(backward=backward, forward=forward, merge=merge, moments=moments)
 
 
 def forward(
@@ -163,7 +163,7 @@ def _partial_moments(of: Operand) -> Tensor:
 
 
 def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> None:
-    _merge(device().moments.finish_kernel, of, (partial, *merge, of.slots, of.row))
+    _merge(device().merge.finish_kernel, of, (partial, *merge, of.slots, of.row))
 
 
 def _pool(of: Operand, statistics: Tensor, total: Tensor | None) -> None:
@@ -172,7 +172,7 @@ def _pool(of: Operand, statistics: Tensor, total: Tensor | None) -> None:
     channels = min(POOLED, power_of_two(of.channels))
     groups = min(POOLED_PARTS // channels, power_of_two(of.groups))
     grid = (-(-of.channels // channels),)
-    launch(device().moments.pool_kernel, of.x, grid, args, (channels, groups), POOLING_WARPS)
+    launch(device().merge.pool_kernel, of.x, grid, args, (channels, groups), POOLING_WARPS)
 
 
 def _normalize(
@@ -203,7 +203,7 @@ def update(
     block = min(UPDATED, power_of_two(len(running_mean)))
     constants = momentum == calls.PLAIN_AVERAGE, block
     with on(mean):
-        launch(device().moments.update_kernel, mean, (1,), args, constants, UPDATING_WARPS)
+        launch(device().merge.update_kernel, mean, (1,), args, constants, UPDATING_WARPS)
     return 0
 
 

@@ -3,14 +3,8 @@
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.device.moments import (
-    SMALL,
-    are_sound,
-    conclude,
-    keep,
-    take_in,
-    variance,
-)
+from batchnorm.kernels.triton.device.merge import are_sound, conclude, keep, take_in, variance
+from batchnorm.kernels.triton.device.moments import SMALL
 from batchnorm.kernels.triton.device.tiles import (
     activate,
     affine,
