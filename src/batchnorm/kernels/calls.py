@@ -47,7 +47,7 @@ def serves_buffer(buffer: Tensor | None) -> bool:
 
 def hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """Those that see what autograd saves, on this thread: the innermost, which torch asks alone."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[no-any-return]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def hooked() -> bool:

@@ -16,7 +16,7 @@ from batchnorm.kernels import calls
 from batchnorm.tools.graph import UNSEEN, Account, Keeper, unpack
 from batchnorm.tools.layers import own_batch_norms
 
-_TAKEN = "other hooks, of around the block, see what is saved, and torch asks only the innermost"
+_TAKEN = "other hooks around the block see what is saved, and torch asks only the innermost"
 _INSTEAD = "Enter save_memory first, then save_on_cpu, checkpointing, or what else has these hooks."
 
 
@@ -111,10 +111,12 @@ class MemoryBlock(ContextDecorator):
 
     def __init__(self, model: nn.Module, keep: str) -> None:
         self._model, self._keep = model, keep
-        self._open: list[ExitStack] = []
+        #: By those that are open; None: within compiled code.
+        self._open: list[ExitStack | None] = []
 
     def __enter__(self) -> MemorySavings:
         if torch.compiler.is_compiling():
+            self._open.append(None)
             return MemorySavings()
         layers = own_batch_norms(self._model)
         names = [name for name, _ in layers]
@@ -134,8 +136,9 @@ class MemoryBlock(ContextDecorator):
         return savings
 
     def __exit__(self, *_: object) -> None:
-        if not torch.compiler.is_compiling():
-            self._open.pop().close()
+        stack = self._open.pop()
+        if stack is not None:
+            stack.close()
 
 
 def _keeper(keep_input: bool) -> Keeper | None:
