@@ -298,8 +298,8 @@ def page(content: dict[str, Any]) -> str:
         "And each column:\n",
         "- *Peak*: the most memory at any time of a step, over what there was before (parameters, "
         "their gradients, the images); beside torch's, and in MiB.",
-        "- *Time*: of a step, beside that of torch's layers in the same round; in brackets, what "
-        "holds the true median with 95 % confidence in this run.",
+        "- *Time*: of a step, beside that of torch's layers in the same round, the median; *from* "
+        "and *to*: what holds the true one with 95 % confidence in this run.",
         "- *Held*: MiB that the allocator has given and not taken back when the forward pass is "
         "done.",
         "- *Kept*: MiB that `saved_tensors_hooks` sees, each storage once, without parameters; "
@@ -311,8 +311,8 @@ def page(content: dict[str, Any]) -> str:
     ):
         words += [
             f"\n## {network_}, {activation}\n",
-            "| | peak | time | peak, MiB | held | kept |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| | peak | time | from | to | peak, MiB | held | kept |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         group = {
             row["contender"]: row
@@ -323,7 +323,7 @@ def page(content: dict[str, Any]) -> str:
             cells = [
                 name,
                 f"{row['peak_bytes'] / group['torch']['peak_bytes']:.2f}",
-                times(row),
+                *times(row),
                 *("–" if row[of] is None else f"{row[of] / 2**20:.1f}" for of in BYTES),
             ]
             words.append(f"| {' | '.join(cells)} |")
@@ -336,20 +336,19 @@ def page(content: dict[str, Any]) -> str:
         "the median over the number of layers; hooks in Python, whatever the size of the tensors. "
         "*Step*: the whole step, beside the same without `save_memory`. A GPU with work ahead of "
         "it does not wait for that; one that waits for its host does.\n",
-        "| keep | a layer | step |",
-        "|---|---:|---:|",
+        "| keep | a layer | step | from | to |",
+        "|---|---:|---:|---:|---:|",
         *(
-            f"| {keep} | {row['layer_us']:.0f} µs | {times(row)} |"
+            f"| {keep} | {row['layer_us']:.0f} µs | {' | '.join(times(row))} |"
             for keep, row in content["host"].items()
         ),
     ]
     return "\n".join(words) + "\n"
 
 
-def times(row: dict[str, Any]) -> str:
+def times(row: dict[str, Any]) -> tuple[str, ...]:
     """A ratio, and how sure it is."""
-    low, high = row["interval"]
-    return f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})"
+    return tuple(f"{ratio:.2f}" for ratio in (row["ratio"], *row["interval"]))
 
 
 def main() -> None:
