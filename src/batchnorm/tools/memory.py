@@ -144,8 +144,8 @@ class MemoryBlock(ContextDecorator):
 def _keeper(keep_input: bool) -> Keeper | None:
     """Of a new block: that of the block around it, where it can be; None: others were first.
 
-    Those could be handed what is not dropped, but not rightly: a layer's call is read off its node
-    in the forward pass, and checkpointing would do that again for it, and allows it once.
+    To hand those what is not dropped would not be right: a layer's call is read off its node in the
+    forward pass, all of which checkpointing would then do again; and it gives each tensor once.
     """
     top = calls.hooks()
     if top is None:
@@ -169,7 +169,8 @@ class _Watch:
         self.keeper.passed(self.account, *call)
         before = self.before
         while before is not None:
-            before.account.missed("a save_memory block within this one counts its calls")
+            if before.open:
+                before.account.missed("a save_memory block within this one counts its calls")
             before = before.before
 
     def __enter__(self) -> None:
