@@ -35,8 +35,8 @@ def test_both_files(script, monkeypatch, tmp_path):
         rows["ResNet", "leaky_relu", name]["kept_bytes"]
         for name in ("ours", "ours, input", "ours, output")
     )
-    # The outputs within two blocks that are narrow, and of every other block, are made again; or
-    # the inputs of all layers within, γ being 1.
+    # Made again: the outputs of the two narrow layers of each block, and of every other block; or
+    # the inputs of the narrow layers, which have no residual.
     narrow = 2 * 4 * 6 * 6 * 4
     assert ours - input_ == 2 * 2 * narrow + 4 * narrow
     assert ours - output == 2 * 2 * narrow
