@@ -36,11 +36,13 @@ from batchnorm.bench.environment import environment
 
 SEED = 0
 ROUNDS = 21
-#: Of the network that tells what a layer takes of the host.
-TINY_LAYERS = 20
+#: Of the network that tells what a layer takes of the host: layers, images, their numbers.
+TINY = (10, 32, 64)
 
 #: By device: images, their side, channels of a block's narrow part, blocks.
 SIZES = {"cpu": (8, 28, 32, 8), "cuda": (128, 56, 64, 8)}
+#: Columns of the page in MiB.
+BYTES = ("peak_bytes", "held_bytes", "kept_bytes")
 SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 
 
@@ -125,7 +127,7 @@ class Contender:
     """A network, what is around its forward pass, and whether its blocks are checkpointed."""
 
     model: nn.Sequential
-    around: Callable[[nn.Module], Any] = contextlib.nullcontext
+    around: Callable[[nn.Module], Any] = lambda _: contextlib.nullcontext()
     checkpointed: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,25 +151,34 @@ def contenders(kind: str, activation: str, device: str) -> dict[str, Contender]:
     ours.load_state_dict(theirs.state_dict())
     found = {
         "torch": Contender(theirs),
-        "torch, checkpointed": Contender(copy.deepcopy(theirs), checkpointed=True),
+        "torch, checkpoint": Contender(copy.deepcopy(theirs), checkpointed=True),
         "ours": Contender(ours),
-        "ours, checkpointed": Contender(copy.deepcopy(ours), checkpointed=True),
-        "torch's network, converted, keep input": Contender(
-            convert(copy.deepcopy(theirs)), save_memory
-        ),
-        "ours, keep input": Contender(copy.deepcopy(ours), save_memory),
+        "ours, checkpoint": Contender(copy.deepcopy(ours), checkpointed=True),
+        "converted, input": Contender(convert(copy.deepcopy(theirs)), save_memory),
+        "ours, input": Contender(copy.deepcopy(ours), save_memory),
     }
     if activation == "leaky_relu":
-        found["ours, keep output"] = Contender(
+        found["ours, output"] = Contender(
             copy.deepcopy(ours), lambda model: save_memory(model, keep="output")
         )
     return found
 
 
-def saved_bytes(contender: Contender, x: Tensor) -> int | None:
-    """What the graph keeps by `saved_tensors_hooks`; None where other hooks are at work."""
-    if contender.around is not contextlib.nullcontext or contender.checkpointed:
+def kept(contender: Contender, x: Tensor) -> int | None:
+    """What the graph keeps by `saved_tensors_hooks`; None where checkpointing has hooks of its own.
+
+    Within `save_memory`: the same without it, less what it says that it saves.
+    """
+    if contender.checkpointed:
         return None
+    alone = Contender(contender.model)
+    with contender.around(contender.model) as savings:
+        alone.forward(x)
+    return saved_bytes(alone, x) - (savings.bytes if savings is not None else 0)
+
+
+def saved_bytes(contender: Contender, x: Tensor) -> int:
+    """What all operations save, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in contender.model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -210,21 +221,36 @@ def rows(device: str) -> list[dict[str, Any]]:
     return found
 
 
-def host_us() -> float:
-    """What `save_memory` takes of the host for a layer: of a step on the CPU with tiny tensors."""
+def host() -> dict[str, dict[str, Any]]:
+    """What `save_memory` takes of the host for a layer, by `keep`: in steps of a tiny network."""
+    layers, number, width = TINY
     torch.manual_seed(SEED)
-    blocks = ((nn.Linear(8, 8), BatchNorm(8, activation="relu")) for _ in range(TINY_LAYERS))
-    model = nn.Sequential(*(layer for block in blocks for layer in block), nn.Linear(8, 8))
-    x = torch.randn(8, 8)
-    usual, less = Contender(model), Contender(copy.deepcopy(model), save_memory)
+    middle = (
+        (nn.Linear(width, width), BatchNorm(width, activation="leaky_relu")) for _ in range(layers)
+    )
+    model = nn.Sequential(*(layer for block in middle for layer in block), nn.Linear(width, 8))
+    x = torch.randn(number, width)
+    all_ = {"usual": Contender(model)} | {
+        keep: Contender(copy.deepcopy(model), partial(save_memory, keep=keep))
+        for keep in ("input", "output")
+    }
     times = measure.rounds(
-        {"usual": partial(usual.step, x), "less": partial(less.step, x)},
+        {name: partial(contender.step, x) for name, contender in all_.items()},
         ROUNDS,
         seed=SEED,
         clock=time.process_time,
     )
-    pairs = zip(times["less"].seconds, times["usual"].seconds, strict=True)
-    return statistics.median(a - b for a, b in pairs) * 1e6 / TINY_LAYERS
+    usual = times.pop("usual").seconds
+    found = {}
+    for keep, time_ in times.items():
+        ratios = estimate.ratios(time_.seconds, usual)
+        more = statistics.median(a - b for a, b in zip(time_.seconds, usual, strict=True))
+        found[keep] = {
+            "layer_us": more * 1e6 / layers,
+            "ratio": statistics.median(ratios),
+            "interval": estimate.interval(ratios),
+        }
+    return found
 
 
 def row(contender: Contender, x: Tensor, device: str) -> dict[str, Any]:
@@ -233,20 +259,10 @@ def row(contender: Contender, x: Tensor, device: str) -> dict[str, Any]:
     step = allocations(partial(contender.step, x), device)
     return {
         "input_bytes": x.nbytes,
-        "hooks_bytes": saved_bytes(contender, x),
-        "not_kept_bytes": not_kept(contender, x),
+        "kept_bytes": kept(contender, x),
         "held_bytes": forward.held,
         "peak_bytes": step.peak,
     }
-
-
-def not_kept(contender: Contender, x: Tensor) -> int | None:
-    """What `save_memory` says that it saves."""
-    if contender.around is contextlib.nullcontext:
-        return None
-    with contender.around(contender.model) as savings:
-        Contender(contender.model).forward(x)
-    return int(savings.bytes)
 
 
 def agree(all_: dict[str, Contender], x: Tensor) -> None:
@@ -274,23 +290,29 @@ def page(content: dict[str, Any]) -> str:
         f"{'s' * (where['threads'] > 1)} of {where['cores']} cores.\n",
         f"{number} images of {side}×{side}, float32; {blocks} bottleneck blocks of width {width} "
         f"and {4 * width} channels, or {blocks} dense ones that add {width // 2}.\n",
-        "*Kept*: what `saved_tensors_hooks` sees, each storage once, without parameters; where "
-        "`save_memory` has hooks of its own, the same less what it says that it saves. *Held*: "
-        "what the allocator has given and not taken back when the forward pass is done. *Peak*: "
-        "the most at any time of a step, over what there was before (parameters, their gradients, "
-        "the images). *Time*: of a step, over that of torch's layers in the same round; in "
-        "brackets, what holds the true median with 95 % confidence in this run.\n",
-        f"*Host*: a layer within `save_memory` takes {content['host_us']:.0f} µs more of the "
-        f"processor, forward and backward: the median of a step of {TINY_LAYERS} layers with tiny "
-        "tensors, over the number of layers. A GPU with work ahead of it does not wait.",
+        "Each row is a network by one of these:\n",
+        "- *torch*: with torch's layers; *ours*: with `BatchNorm`, the activation and the residual "
+        "fused; *converted*: torch's network after `convert`.",
+        "- *checkpoint*: `torch.utils.checkpoint` around each block.",
+        "- *input*, *output*: within `save_memory`, with this `keep`.\n",
+        "And each column:\n",
+        "- *Peak*: the most memory at any time of a step, over what there was before (parameters, "
+        "their gradients, the images); beside torch's, and in MiB.",
+        "- *Time*: of a step, beside that of torch's layers in the same round, the median; *from* "
+        "and *to*: what holds the true one with 95 % confidence in this run.",
+        "- *Held*: MiB that the allocator has given and not taken back when the forward pass is "
+        "done.",
+        "- *Kept*: MiB that `saved_tensors_hooks` sees, each storage once, without parameters; "
+        "within `save_memory`, which has hooks of its own, the same less what it says that it "
+        "saves. Not known (–) where checkpointing has hooks of its own.",
     ]
     for network_, activation in dict.fromkeys(
         (row["network"], row["activation"]) for row in content["rows"]
     ):
         words += [
             f"\n## {network_}, {activation}\n",
-            "| | kept, MiB | held, MiB | peak, MiB | peak beside torch's | time beside torch's |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| | peak | time | from | to | peak, MiB | held | kept |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         group = {
             row["contender"]: row
@@ -298,26 +320,35 @@ def page(content: dict[str, Any]) -> str:
             if (row["network"], row["activation"]) == (network_, activation)
         }
         for name, row in group.items():
-            low, high = row["interval"]
             cells = [
                 name,
-                kept(group, row),
-                f"{row['held_bytes'] / 2**20:.1f}",
-                f"{row['peak_bytes'] / 2**20:.1f}",
                 f"{row['peak_bytes'] / group['torch']['peak_bytes']:.2f}",
-                f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+                *times(row),
+                *("–" if row[of] is None else f"{row[of] / 2**20:.1f}" for of in BYTES),
             ]
             words.append(f"| {' | '.join(cells)} |")
+    layers, images, numbers = content["tiny"]
+    words += [
+        "\n## What it takes of the host\n",
+        "The processor's time, forward and backward, of a step on the CPU of a network so small "
+        f"that little else takes any: {layers} linear layers, each with a `BatchNorm` after it, "
+        f"{images} images of {numbers} numbers. *A layer*: how much more each takes, "
+        "the median over the number of layers; hooks in Python, whatever the size of the tensors. "
+        "*Step*: the whole step, beside the same without `save_memory`. A GPU with work ahead of "
+        "it does not wait for that; one that waits for its host does.\n",
+        "| keep | a layer | step | from | to |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {keep} | {row['layer_us']:.0f} µs | {' | '.join(times(row))} |"
+            for keep, row in content["host"].items()
+        ),
+    ]
     return "\n".join(words) + "\n"
 
 
-def kept(group: dict[str, Any], row: dict[str, Any]) -> str:
-    """What the graph keeps, if that is known."""
-    if row["hooks_bytes"] is not None:
-        return f"{row['hooks_bytes'] / 2**20:.1f}"
-    if row["not_kept_bytes"] is None or "converted" in row["contender"]:
-        return ""
-    return f"{(group['ours']['hooks_bytes'] - row['not_kept_bytes']) / 2**20:.1f}"
+def times(row: dict[str, Any]) -> tuple[str, ...]:
+    """A ratio, and how sure it is."""
+    return tuple(f"{ratio:.2f}" for ratio in (row["ratio"], *row["interval"]))
 
 
 def main() -> None:
@@ -326,13 +357,16 @@ def main() -> None:
     parser.add_argument("--device", choices=sorted(SIZES), default="cpu")
     parser.add_argument("--json", type=Path, help="where to write; the page goes beside it")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none: measure the CPU with --device cpu")
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     content = {
         "environment": environment(arguments.device, SEED),
         "device": arguments.device,
         "sizes": SIZES[arguments.device],
-        "host_us": host_us(),
+        "tiny": TINY,
+        "host": host(),
         "rows": rows(arguments.device),
     }
     text = page(content)

@@ -1,11 +1,13 @@
 """A layer's output made again from its input, to the bit; its input from its output, nearly."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from batchnorm import BatchNorm, save_memory
+from batchnorm import BatchNorm, NonFiniteWarning, freeze, save_memory
 from batchnorm.autograd_memory import LEAST_GAMMA, LIMIT, call_of, input_again, output_again
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -131,18 +133,31 @@ def test_a_call_of_something_else():
     assert call_of(y * 1, x, bn.bias) is None
 
 
-def test_no_input_can_be_made():
-    x = torch.randn(8, 3, requires_grad=True)
+def test_no_input_can_be_made_and_why():
     relu, constant, masked, zero = (
         BatchNorm(3, activation="relu"), BatchNorm(3).eval(), BatchNorm(3), BatchNorm(3)
     )  # fmt: skip
     zero.weight.data.zero_()
-    for bn, mask in ((relu, None), (constant, None), (masked, torch.ones(8)), (zero, None)):
-        y = bn(x, mask)
-        assert input_again(call_of(y, x, bn.bias), x.detach(), y.detach()) is None
-    groups = BatchNorm(3, virtual_batch_size=4)
-    call = call_of(groups(x), x, groups.bias)
-    assert call is None or input_again(call, x.detach(), groups(x).detach()) is None
+    frozen, far, nan = BatchNorm(3), torch.randn(8, 3) + 1e3, torch.randn(8, 3)
+    freeze(frozen)
+    nan[0] = float("nan")
+    for bn, values, mask, reason in (
+        (relu, None, None, "ReLU has no inverse"),
+        (constant, None, None, "evaluation, frozen"),
+        (frozen, None, None, "evaluation, frozen"),
+        (masked, None, torch.ones(8), "a mask"),
+        (zero, None, None, "in no channel"),
+        (BatchNorm(3), far, None, "in no channel"),
+        (BatchNorm(3), nan, None, "in no channel"),
+    ):
+        x = (torch.randn(8, 3) if values is None else values).requires_grad_()
+        with pytest.warns(NonFiniteWarning) if values is nan else contextlib.nullcontext():
+            y = bn(x, mask)
+        assert reason in input_again(call_of(y, x, bn.bias), x.detach(), y.detach())
+    groups, x = BatchNorm(3, virtual_batch_size=4), torch.randn(8, 3, requires_grad=True)
+    y = groups(x)
+    call = call_of(y, x, groups.bias)
+    assert call is None or "ghost batches" in input_again(call, x.detach(), y.detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -106,8 +106,8 @@ def output_again(call: Call) -> Make:
     return make
 
 
-def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
-    """x from y = φ(γ·x̂ + β), and how many bytes of x that takes besides; None: it cannot be made.
+def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | str:
+    """x from y = φ(γ·x̂ + β), and how many bytes of x that takes besides; or why it cannot be made.
 
         x = mean + σ·x̂        x̂ = (φ⁻¹(y) − β)/γ        σ = √(var + eps)
 
@@ -120,8 +120,14 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
 
     Which channels those are is read back from a device once a call.
     """
-    if call.activation == "relu" or call.n is None or call.masked or call.group:
-        return None
+    if call.activation == "relu":
+        return "ReLU has no inverse"
+    if call.n is None:
+        return "it does not normalise by its batch (evaluation, frozen): x̂ may be of any size"
+    if call.masked:
+        return "it has a mask: what that leaves out may be of any size"
+    if call.group:
+        return "it has ghost batches"
     wide = call.mean.dtype
     one = torch.ones_like(call.mean)
     gamma = one if call.weight is None else call.weight.to(wide)
@@ -140,7 +146,7 @@ def input_again(call: Call, x: Tensor, y: Tensor) -> tuple[Make, int] | None:
     )
     where = kept.nonzero().flatten()
     if len(where) == len(kept):
-        return None
+        return f"in no channel is |β/γ| + |mean|/σ at most {LIMIT:g} and γ·x̂ + β a usual number"
     values = x.detach().index_select(call.channel_dim, where)
     # The same kernels once more: mean β, variance 1, and σ/γ and the mean in place of γ and β.
     scale, beta = torch.where(kept, one, sigma / gamma), torch.where(kept, 0.0, beta)

@@ -207,7 +207,7 @@ def test_residuals(activation, around):
     assert saved.layers["down"] == 0
     _, saved = step(model, x, "output")
     assert saved.layers["norms.0"] == 0
-    assert "residual" in saved.reasons["norms.0"]
+    assert "with a residual added" in saved.reasons["norms.0"]
 
 
 def test_residuals_by_the_allocator():

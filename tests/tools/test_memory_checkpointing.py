@@ -9,7 +9,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm import BatchNorm, Renorm, bank, save_memory
-from saving import same
+from batchnorm.bench.allocations import allocations
+from saving import SIZE, convolutions, same
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -57,6 +58,8 @@ def saving(model, x, reentrant):
     return model(x) if reentrant is None else inner(forward, x, reentrant)
 
 
+# Within a checkpoint that watches what is saved, or other hooks, the block steps aside.
+@pytest.mark.filterwarnings("ignore:save_memory does nothing here")
 @pytest.mark.parametrize("kind", ["bank", "renorm"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("around", AROUND)
@@ -80,6 +83,29 @@ def test_what_is_done_again_is_as_at_first(kind, reentrant, around, call):
         parameters = [p.grad for p in model.parameters() if p.grad is not None]
         results.append([leaf.grad, *parameters, *model.buffers()])
     assert same(*results)
+
+
+@pytest.mark.filterwarnings("ignore:save_memory does nothing here")
+def test_a_block_within_a_checkpoint_does_not_undo_it():
+    model = nn.Sequential(*(convolutions(activation="relu")[:-1] for _ in range(3)))
+    x = torch.randn(6, 8, 9, 7).requires_grad_()
+
+    def saving(part, x):
+        with save_memory(part):
+            return part(x)
+
+    def forward(call):
+        for part in model:
+            nonlocal y
+            y = checkpoint(call, part, y, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    held = []
+    for call in (lambda part, x: part(x), saving):
+        y = x
+        held.append(allocations(lambda call=call: forward(call)).held)
+    # The input of each but the first, which was there before, and the last one's output.
+    assert held[0] == held[1] < 3 * SIZE + 1024
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -42,21 +45,26 @@ def serves_buffer(buffer: Tensor | None) -> bool:
     )
 
 
+def hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Those that see what autograd saves, on this thread: the innermost, which torch asks alone."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def hooked() -> bool:
-    """Whether hooks see what autograd saves. They may raise: checkpointing does, to stop early."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether there are any. They may raise: checkpointing does, to stop early."""
+    return hooks() is not None
 
 
 def checkpoints() -> bool:
     """Whether these may be checkpointing's. Those of `save_memory` are not, nor hide what is."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "checkpoints", True)
+    top = hooks()
+    return top is not None and getattr(top[0], "checkpoints", True)
 
 
 def inexact() -> bool:
     """Whether those will bring back an x that is only close to what was saved."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "inexact", False)
+    top = hooks()
+    return top is not None and getattr(top[0], "inexact", False)
 
 
 def saves(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> bool:

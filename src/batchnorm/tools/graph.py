@@ -43,25 +43,62 @@ _AFTER: dict[str, Callable[[Any], Make]] = {
     "CloneBackward0": lambda _: lambda y: y,
 }
 
-#: Of an input and an output: what makes the input from outputs, and how many bytes that keeps.
-_Invert = Callable[[Tensor, Tensor], tuple[Make, int] | None]  # mutant: a type
+#: Of an input and an output: what makes the input from outputs, and how many bytes that keeps; or
+#: why it cannot be made.
+_Invert = Callable[[Tensor, Tensor], tuple[Make, int] | str]  # mutant: a type
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: Under this name a layer's node holds its tie.
 _TIE = "_batchnorm_tie"
 
 #: Why nothing is saved, until there is another reason.
-UNSEEN = "no call of it by itself has recorded gradients"
+UNSEEN = "no call of it was seen: those in compiled code and by forward_together are not"
+_UNRECORDED = "no call of it has recorded gradients"
 _KEPT_ANYWAY = "its input is kept anyway"
 _UNSAVED = "no other operation has saved its output"
 _FUNCTION = "its output does not come from its kernels, but from a function after them"
 
 
+class Account:
+    """What is said of a layer in a block.
+
+    Args:
+        name: the layer's.
+        layers: gets the bytes that each layer saves.
+        reasons: gets why it saves nothing.
+    """
+
+    def __init__(self, name: str, layers: dict[str, int], reasons: dict[str, str]) -> None:
+        self.name, self.layers, self.reasons = name, layers, reasons
+
+    def saves(self, number: int) -> None:
+        """So many bytes."""
+        self.layers[self.name] += number
+        if self.reasons.get(self.name) == _UNSAVED:
+            del self.reasons[self.name]
+
+    def fails(self, reason: str) -> None:
+        """It saves nothing, at least in this call."""
+        self.reasons[self.name] = reason
+
+    def missed(self, reason: str) -> None:
+        """No call of it could have saved anything, as far as is known."""
+        if self.reasons.get(self.name) == UNSEEN:
+            self.fails(reason)
+
+    def may_save(self) -> None:
+        """It does if another operation saves its output."""
+        if self.reasons.get(self.name, UNSEEN) in (UNSEEN, _UNRECORDED):
+            self.fails(_UNSAVED)
+
+
 class _Recipe:
     """A tensor that is made when the backward pass asks for it, once for all who will ask."""
 
-    def __init__(self, make: Make, sources: list[_Kept | _Recipe], name: str, number: int) -> None:
-        self.make, self.sources, self.name, self.bytes = make, sources, name, number
+    def __init__(
+        self, make: Make, sources: list[_Kept | _Recipe], account: Account, number: int
+    ) -> None:
+        self.make, self.sources, self.account, self.bytes = make, sources, account, number
         self.askers = self.left = 0
         self.made: Tensor | None = None
 
@@ -122,8 +159,8 @@ class _Kept:
 class _Tie:
     """A layer's output and the input that it is made of, as long as their node lives."""
 
-    def __init__(self, name: str, source: _Kept, y: Tensor) -> None:
-        self.name, self.source = name, weakref.ref(source)
+    def __init__(self, account: Account, source: _Kept, y: Tensor) -> None:
+        self.account, self.source = account, weakref.ref(source)
         self.storage, self.version = StorageWeakRef(y.untyped_storage()), y._version
         # Without its memory, but with its version, which outlives y.
         self.y = y.detach()
@@ -148,17 +185,16 @@ class Keeper:
 
     Args:
         keep_input: of a layer's two tensors, keep the input; else the output.
-        layers: gets the bytes that each layer saves.
-        reasons: gets why it saves nothing.
 
     Attributes:
         inexact: whether inputs are made again with an error: see `calls.inexact`.
-        checkpoints: whether the hooks around this one may be checkpointing's.
+        checkpoints: see `calls.checkpoints`.
     """
 
-    def __init__(self, keep_input: bool, layers: dict[str, int], reasons: dict[str, str]) -> None:
-        self.inexact, self.checkpoints = not keep_input, calls.checkpoints()
-        self.layers, self.reasons = layers, reasons
+    checkpoints = False
+
+    def __init__(self, keep_input: bool) -> None:
+        self.inexact = not keep_input
         # By the number of the output's storage; by `_key`; by the number of the storage.
         self.ties: weakref.WeakValueDictionary[int, _Tie] = weakref.WeakValueDictionary()
         self.kept: weakref.WeakValueDictionary[Any, _Kept] = weakref.WeakValueDictionary()
@@ -183,7 +219,7 @@ class Keeper:
 
     def passed(
         self,
-        name: str,
+        account: Account,
         layer: Any,
         x: Tensor,
         bias: Tensor | None,
@@ -192,6 +228,7 @@ class Keeper:
     ) -> None:
         """A layer has been called: tie its input and its output."""
         if y.grad_fn is None:
+            account.missed(_UNRECORDED)
             return
         source = self.kept.get(_key(x)) if _is_plain(x) else None
         added = None if residual is None else self._residual(residual)
@@ -204,32 +241,37 @@ class Keeper:
             reason = _FUNCTION
         elif source is not None and source.recipe is not None:
             reason = "its input is made again itself"
+        elif residual is not None and self.inexact:
+            reason = "its input cannot be told from an output with a residual added"
         elif residual is not None and added is None:
             reason = "nothing keeps the residual, or it is made again itself"
         elif source is None or (call := call_of(y, x, bias)) is None:
             reason = _FUNCTION
         if reason is not None or source is None or call is None:
-            self.reasons[name] = str(reason)
+            account.fails(str(reason))
             return
-        tie = _Tie(name, source, y)
+        tie = _Tie(account, source, y)
         if self.inexact:
             tie.invert = partial(input_again, call)
         else:
             tie.make, tie.residual = output_again(call), added
         setattr(y.grad_fn, _TIE, tie)
         self.ties[tie.storage.cdata] = tie
-        if self.reasons.get(name, UNSEEN) == UNSEEN:
-            self.reasons[name] = _UNSAVED
+        account.may_save()
         kept = self.kept.get(_key(y))
         if kept is not None:  # by the layer itself, to tell the activation's side
             self._settle(tie, kept, y)
 
     def _blind(self) -> str | None:
         """Why this does not see what is saved now."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if hooks is None:
+        top = calls.hooks()
+        if top is None:
             return "no hooks see what its call saves: those of a block are its thread's alone"
-        if hooks[0] is not self:
+        if isinstance(top[0], Keeper) and top[0] is not self:
+            return (
+                "another save_memory block sees what its call saves (one within, of other `keep`)"
+            )
+        if top[0] is not self:
             return "other hooks see what its call saves (checkpointing has some)"
         return None
 
@@ -248,8 +290,8 @@ class Keeper:
         for other in kept.beside:
             same = other.version == kept.version and other.dtype is kept.dtype
             if other.recipe is not None and same:
-                self.layers[other.recipe.name] -= other.recipe.bytes
-                self.reasons[other.recipe.name] = _KEPT_ANYWAY
+                other.recipe.account.saves(-other.recipe.bytes)
+                other.recipe.account.fails(_KEPT_ANYWAY)
                 other.tensor, other.recipe = tensor.detach().as_strided(*other.geometry), None
 
     def _residual(self, residual: Tensor) -> Callable[[], _Kept | _Tie | None] | None:
@@ -295,7 +337,7 @@ class Keeper:
         if not unchanged:
             return None
         activate, make = after(node), tie.make
-        own = _Tie(tie.name, source, tensor)
+        own = _Tie(tie.account, source, tensor)
         own.make, own.residual = lambda *sources: activate(make(*sources)), tie.residual
         tie.after.append(own)
         self.ties[own.storage.cdata] = own
@@ -312,27 +354,27 @@ class Keeper:
                 recipe = self._recipe(tie)
                 if recipe is None:
                     return
-                self._count(recipe)
+                recipe.account.saves(recipe.bytes)
             kept.drop(recipe, _geometry(tensor))
         elif tie.invert is not None and source.tensor is not None:
             others = any(k is not source and k.tensor is not None for k in source.beside)
             if source.askers > 1 or source.is_source or others:
-                self.reasons[tie.name] = _KEPT_ANYWAY
+                tie.account.fails(_KEPT_ANYWAY)
                 return
             if source.tensor.untyped_storage().nbytes() > source.tensor.nbytes:
-                self.reasons[tie.name] = "its input is a part of a larger tensor"
+                tie.account.fails("its input is a part of a larger tensor")
                 return
             y = tensor.detach().as_strided(*tie.geometry)
             found, tie.invert = tie.invert(source.tensor, y), None
-            if found is None:
-                self.reasons[tie.name] = "its input cannot be made from its output"
+            if isinstance(found, str):
+                tie.account.fails(found)
                 return
             make, besides = found
             kept = self._keep(y)
             kept.is_source = True
-            recipe = _Recipe(make, [kept], tie.name, source.tensor.nbytes - besides)
+            recipe = _Recipe(make, [kept], tie.account, source.tensor.nbytes - besides)
             source.drop(recipe)
-            self._count(recipe)
+            recipe.account.saves(recipe.bytes)
 
     def _recipe(self, tie: _Tie) -> _Recipe | None:
         """How to make an output; None: what it is made of has gone."""
@@ -348,14 +390,9 @@ class Keeper:
             residual.askers += 1
             sources.append(residual)
         number = tie.dtype.itemsize * tie.geometry[0].numel()
-        recipe = _Recipe(tie.make, sources, tie.name, number)
+        recipe = _Recipe(tie.make, sources, tie.account, number)
         tie.recipe = weakref.ref(recipe)
         return recipe
-
-    def _count(self, recipe: _Recipe) -> None:
-        self.layers[recipe.name] += recipe.bytes
-        if self.reasons.get(recipe.name) == _UNSAVED:
-            del self.reasons[recipe.name]
 
 
 def unpack(kept: Any) -> Tensor:
