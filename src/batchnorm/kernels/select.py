@@ -29,7 +29,6 @@ from batchnorm.moments import (
     expand_mask,
 )
 
-
 #: Characters in a line of a backend that is printed.
 COLUMNS = 80
 
