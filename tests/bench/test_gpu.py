@@ -224,7 +224,7 @@ def test_a_rehearsal_says_so_and_tells_no_times():
     assert [line.split("  ")[0] for line in parts] == list(NAMES)
     assert (blank, last) == ("", "nothing was wrong")
     text = gpu_page.page(content)
-    assert text.startswith("# A rehearsal, without a GPU\n\nNothing was measured.")
+    assert text.startswith("# A rehearsal, without a GPU\n\nNothing was measured: ")
     assert f"```text\n{first}\n" in text
     assert "triton: serves" in text
     assert "--rehearse\n" in text

@@ -58,8 +58,8 @@ def _rehearsed(content: dict[str, Any]) -> str:
     return f"""\
 # A rehearsal, without a GPU
 
-Nothing was measured: this is `{COMMAND}` on the CPU, with the kernels in Triton's interpreter, to see
-whether every part of it works.
+Nothing was measured: this is `{COMMAND}` on the CPU, with the kernels in Triton's interpreter, to
+see whether every part of it works.
 
 ```sh
 {content["command"]}
