@@ -337,7 +337,7 @@ def correctness(*, rehearse: bool) -> Stage:
     """The kernels' tests, the suite's results, small calls alone and under compute-sanitizer."""
     tests = ROOT / (Path("tests/kernels/test_reference.py") if rehearse else TESTS)
     absent = [name for name in TESTS_NEED if importlib.util.find_spec(name) is None]
-    excuse = f"not installed: {', '.join(absent)}; pip install {' '.join(absent)}" if absent else ""
+    excuse = f"to run them: pip install {' '.join(absent)}" if absent else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
     suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
