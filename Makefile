@@ -112,7 +112,8 @@ bench: $(VENV)/lab.stamp
 	  --json benchmarks/results/cpu$(if $(filter-out full,$(SUITE)),-$(SUITE)).json
 
 # On a machine with a CUDA GPU: is everything right there, and how fast; at most 8 minutes. It takes
-# the python3 that is there, with its torch and triton: no environment is made. OUT=folder gets copies.
+# the python3 that is there, or PYTHON=…, with its torch and triton: no environment is made. OUT=folder
+# gets copies.
 gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(if $(filter-out file,$(origin OUT)),--out "$(OUT)")
 

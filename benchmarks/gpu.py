@@ -4,11 +4,12 @@
     PYTHONPATH=src python3 benchmarks/gpu.py --rehearse      every part, on the CPU, on tiny tensors
     PYTHONPATH=src python3 benchmarks/gpu.py --page          the page anew, from the file of results
 
-Needs a python with torch and triton. It says what it leaves out where pytest, NumPy, hypothesis or
-compute-sanitizer are missing, and changes no setting of the GPU. The parts are processes of their
-own with a time limit each, so that one that crashes or hangs costs no other's results; the file is
-written after each. The exit status is 1 if anything was wrong, or the kernels' tests, the suite's
-results or the small calls were not finished, whatever the speed.
+Needs a python with torch and triton, and for the kernels' tests pytest and NumPy. It says what it
+leaves out where those or compute-sanitizer are missing, and changes no setting of the GPU. The
+parts are processes of their own with a time limit each, so that one that crashes or hangs costs no
+other's results; the file is written after each. The exit status is 1 if anything was wrong, or the
+kernels' tests, the suite's results or the small calls were not finished, whatever the speed; left
+out is not finished.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(
+        f"expected a python with torch and triton, found {sys.executable} without torch. Name one "
+        "that has them, such as: make gpu PYTHON=.venv/bin/python"
+    )
 
 from batchnorm.bench import gpu, worker
 from batchnorm.bench.cases import GPU_SUITES
@@ -60,8 +67,8 @@ REPORT = re.compile(
     "=+ (Invalid|Misaligned|Barrier error|Divergent|Error: .*[Rr]ace|Error: .*hazard)"
 )
 
-#: What the kernels' tests import.
-TESTS_NEED = ("pytest", "numpy", "hypothesis")
+#: What the kernels' tests import besides torch and Triton.
+TESTS_NEED = ("pytest", "numpy")
 
 #: In the folder of copies: all that the parts said, and all that they found, as they found it.
 LOGS = ("gpu.log", "gpu.jsonl")
@@ -329,8 +336,8 @@ def ours_only(sanitizer: str) -> list[str]:
 def correctness(*, rehearse: bool) -> Stage:
     """The kernels' tests, the suite's results, small calls alone and under compute-sanitizer."""
     tests = ROOT / (Path("tests/kernels/test_reference.py") if rehearse else TESTS)
-    missing = [name for name in TESTS_NEED if importlib.util.find_spec(name) is None]
-    excuse = f"not installed: {', '.join(missing)}" if missing else ""
+    absent = [name for name in TESTS_NEED if importlib.util.find_spec(name) is None]
+    excuse = f"to run them: pip install {' '.join(absent)}" if absent else ""
     if not tests.exists():
         excuse = f"there is no {tests.relative_to(ROOT)}"
     suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
@@ -416,8 +423,11 @@ def speed(*, rehearse: bool, checked: Path) -> list[Stage]:
     ]
 
 
-def unfit() -> str | None:
-    """Why a session would not be about our kernels on a GPU, or None."""
+def unfit(*, rehearse: bool) -> str | None:
+    """Why a session would not be about our kernels, on a GPU or interpreted, or None."""
+    if rehearse:
+        why = triton.ABSENT
+        return why and f"expected Triton, whose interpreter runs our kernels, found none: {why}."
     if not torch.cuda.is_available():
         found = f"found torch {torch.__version__} without"
         return f"expected a CUDA GPU and a torch built for it, {found}."
@@ -441,17 +451,18 @@ def main() -> None:
         content = json.loads(path.read_text("utf-8")) if path.exists() else None
         path.with_suffix(".md").write_text(page(content), encoding="utf-8")
         return
+    if hindrance := unfit(rehearse=given.rehearse):
+        instead = "rehearsed" if given.rehearse else "measured; --rehearse tries it on the CPU"
+        sys.exit(f"{hindrance} Nothing was {instead}.")
     if given.rehearse:
         # The CPU's own kernels out of the way, Triton's on the CPU; and no threads for tensors so
         # small that they would only wait for each other.
         os.environ |= {"TRITON_INTERPRET": "1", "BATCHNORM_DISABLE": "native"}
         os.environ["OMP_NUM_THREADS"] = "1"
-    elif hindrance := unfit():
-        sys.exit(f"{hindrance} Nothing was measured; --rehearse runs every part on the CPU.")
     paths = [] if given.rehearse and not given.json else [path]
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
-        paths.append(given.out / RESULTS.name)
+        paths.append(given.out / ("rehearsal.json" if given.rehearse else RESULTS.name))
         for name in LOGS:
             (given.out / name).unlink(missing_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(

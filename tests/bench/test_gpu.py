@@ -15,7 +15,8 @@ PLACE = {
     "event": "environment",
     "device": "NVIDIA H100 80GB HBM3",
     "torch": "2.11.0+cu130",
-    "gpu": {"driver": "580.1", "triton": "3.6.0", "cudnn": 91300, "l2_bytes": 52428800},
+    "triton": "3.6.0",
+    "gpu": {"driver": "580.1", "cudnn": 91300, "l2_bytes": 52428800},
     "backends": ["native: no", "triton: serves eager calls on CUDA GPUs"],
 }
 
@@ -154,9 +155,16 @@ def test_what_was_not_finished_is_named_where_nothing_was_wrong():
         Part("suite, 1/1", OK, 1, "", proves=True),
         Part("warm", STOPPED, 1, "at a case"),
     ]
-    content = summarised([PLACE], parts)
+    content = summarised([PLACE], parts[1:])
     assert (content["wrong"], content["unproven"]) == ([], [])
-    assert gpu.table(content)[-1] == "nothing was wrong in what ran; not finished: tests; warm"
+    assert gpu.table(content)[-1] == "nothing was wrong in what ran; not finished: warm"
+    # What would have shown it, and was left out, is more than that.
+    content = summarised([PLACE], parts)
+    assert (content["wrong"], content["unproven"]) == ([], ["tests skipped: not installed: pytest"])
+    assert gpu.table(content)[-2:] == [
+        "NOT PROVEN: tests skipped: not installed: pytest",
+        "0 wrong, 1 not proven",
+    ]
 
 
 def test_the_page_has_every_case_with_its_state_and_who_ran():
@@ -205,8 +213,24 @@ def test_a_case_that_is_wrong_has_no_speed_on_the_page():
     assert f"| {case.title} | forward | bn | wrong |  |  |  |" in text
 
 
-def test_a_rehearsal_says_so():
-    assert "REHEARSAL" in gpu.table(summarised(session(), rehearsal=True))[0]
+def test_a_rehearsal_says_so_and_tells_no_times():
+    place = PLACE | {"device": "cpu", "batchnorm": "1", "commit": "abc", "date": "now", "seed": 0}
+    note = {"event": "note", "text": "it could not"}
+    content = summarised([place, *session()[1:], note], rehearsal=True)
+    assert content["targets"] == []
+    first, software, *parts, blank, last = gpu.table(content)
+    assert first.startswith("REHEARSAL on the CPU")
+    assert software == "torch 2.11.0+cu130, triton 3.6.0"
+    assert [line.split("  ")[0] for line in parts] == list(NAMES)
+    assert (blank, last) == ("", "nothing was wrong")
+    text = gpu_page.page(content)
+    assert text.startswith("# A rehearsal, without a GPU\n\nNothing was measured: ")
+    assert f"```text\n{first}\n" in text
+    assert "triton: serves" in text
+    assert "--rehearse\n" in text
+    assert "> it could not\n" in text
+    for looks_like_a_result in ("None", "×", "%", "µs", "missed", "GB", "°C"):
+        assert looks_like_a_result not in text
     assert not [line for line in gpu.table(summarised(session())) if "REHEARSAL" in line]
 
 

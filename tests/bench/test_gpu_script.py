@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def test_lanes_run_beside_each_other_and_results_are_written_after_each_stage(tm
     assert {part["name"]: part["status"] for part in content["parts"]} == {
         "a": "ok", "b": "ok", "c": "skipped"
     }  # fmt: skip
-    assert (tmp_path / "deep" / "gpu.md").read_text().startswith("# Batch norm on a GPU")
+    assert (tmp_path / "deep" / "gpu.md").read_text().startswith("# A rehearsal")
     assert "==== a: ok" in (tmp_path / "gpu.log").read_text()
 
 
@@ -218,16 +219,93 @@ def test_a_session_is_refused_where_it_would_not_be_about_our_kernels(monkeypatc
     monkeypatch.delenv("BATCHNORM_DISABLE", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "expected a CUDA GPU" in script.unfit()
+    assert "expected a CUDA GPU" in script.unfit(rehearse=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(script.triton, "missing", lambda: "triton is not installed")
-    assert "found none: triton is not installed" in script.unfit()
+    assert "found none: triton is not installed" in script.unfit(rehearse=False)
     monkeypatch.setattr(script.triton, "missing", lambda: None)
-    assert script.unfit() is None
+    assert script.unfit(rehearse=False) is None
     for name in ("BATCHNORM_DISABLE", "TRITON_INTERPRET"):
         with monkeypatch.context() as patched:
             patched.setenv(name, "1")
-            assert f"expected {name} not to be set, found {name}=1" in script.unfit()
+            why = script.unfit(rehearse=False)
+            assert f"expected {name} not to be set, found {name}=1" in why
+
+
+def started(*arguments, without=(), **environment):
+    """The script in a process that cannot import what it shall do without."""
+    code = f"""
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in {without!r} else find_spec(name, *a)
+for name in {without!r}:
+    sys.modules[name] = None
+sys.argv = ["gpu.py", *{arguments!r}]
+runpy.run_path("benchmarks/gpu.py", run_name="__main__")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "BATCHNORM_DISABLE": "", "TRITON_INTERPRET": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_torch_there_is_a_line_that_says_what_to_do():
+    done = started(without=("torch",))
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"expected a python with torch and triton, found {sys.executable} with")
+    assert line.endswith("make gpu PYTHON=.venv/bin/python")
+
+
+@pytest.mark.parametrize(
+    ("without", "disabled", "why"),
+    [
+        (("triton",), "", "triton is not installed: pip install triton"),
+        ((), "triton", "the environment variable BATCHNORM_DISABLE names it"),
+    ],
+)
+def test_what_is_not_triton_is_not_rehearsed(without, disabled, why):
+    done = started("--rehearse", without=without, BATCHNORM_DISABLE=disabled)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "expected Triton, whose interpreter runs our kernels, found none: "
+        f"{why}. Nothing was rehearsed.\n"
+    )
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_tests_that_cannot_run_leave_a_session_unfinished(rehearse, monkeypatch):
+    find = importlib.util.find_spec
+    absent = ("pytest", "numpy")
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    stage = script.correctness(rehearse=rehearse)
+    (tests,) = stage[0]
+    session, parts = ran([[tests]])
+    assert parts["tests"].status == "skipped"
+    says = "tests skipped: to run them: pip install pytest numpy"
+    assert session.content()["unproven"] == [says]
+
+
+def test_the_kernels_tests_need_pytest_and_numpy_and_no_more():
+    code = """
+import sys
+for name in ("hypothesis", "xdist", "rich", "typer", "matplotlib", "jinja2", "psutil"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests/kernels/triton"]))
+"""
+    # Nor plugins, of which one would import hypothesis.
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " tests collected" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -347,7 +425,11 @@ def test_the_rehearsal_goes_through_every_part(tmp_path):
     assert content["profiles"]
     assert content["resnet"]["right"]
     assert (content["wrong"], content["rehearsal"]) == ([], True)
+    assert content["environment"]["triton"] in done.stdout
     assert done.stdout.splitlines()[-1] == "nothing was wrong"
+    # What only a GPU's results are told by.
+    script.gpu.table(content | {"rehearsal": False})
+    script.page(content | {"rehearsal": False})
 
 
 def test_it_is_the_network_that_everybody_calls_resnet_50():

@@ -34,6 +34,13 @@ def test_a_pipe_gets_one_line_and_the_notes():
     )
 
 
+def test_no_time_is_foretold_where_none_is_known():
+    out = io.StringIO()
+    with Bar(Console(file=out, width=80)) as bar:
+        bar.start("gpu", 594, None)
+    assert out.getvalue() == "Measuring the gpu suite: 594 steps.\n"
+
+
 def test_a_short_run_still_starts_its_processes():
     assert expected(0.01) == "20 seconds"
     assert expected(0.5) == "30 seconds"

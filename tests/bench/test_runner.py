@@ -102,6 +102,7 @@ class Watcher(runner.Progress):
 
     def start(self, suite, total, minutes):
         self.told.append((suite, total))
+        self.minutes = minutes
 
     def step(self, what):
         self.told.append(what)
@@ -211,8 +212,24 @@ def test_what_was_disabled_is_in_the_command_and_what_cannot_be_is_refused(monke
 
 def test_without_a_gpu_cuda_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ArgumentError, match="expected a CUDA device, found none"):
-        runner.run("quick", device="cuda")
+    for options in ({"device": "cuda"}, {"suite": "gpu"}, {"suite": "gpu", "device": "cuda"}):
+        with pytest.raises(ArgumentError, match="expected a CUDA device, found none"):
+            runner.run(**options)
+
+
+def test_a_suite_is_measured_where_it_belongs(monkeypatch, watched):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for options, device in (
+        ({"suite": "gpu"}, "cuda"),
+        ({"suite": "quick"}, "cpu"),
+        ({"suite": "quick", "device": "cuda"}, "cuda"),
+    ):
+        asked = []
+        monkeypatch.setattr(runner, "measured", measuring(asked))
+        content = runner.run(**options, text="2x64x32x32 ", progress=watched)
+        assert {request.device for request in asked} == {device}
+        assert f" --device {device} " in content["command"]
+        assert (watched.minutes is None) == (device == "cuda")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +237,8 @@ def test_without_a_gpu_cuda_is_refused(monkeypatch):
     [
         ({"suite": "nope"}, "Expected one of: quick, full"),
         ({"device": "tpu"}, "Expected one of: cpu, cuda"),
+        ({"suite": "gpu", "device": "cpu"}, "one of the CPU's suites: quick, full"),
+        ({"suite": "gpu", "device": "tpu"}, "Expected one of: cpu, cuda"),
         ({"threads": 0}, "threads must be at least 1; got 0"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,6 +83,75 @@ def test_report_reads_as_a_sentence():
     assert str(backend) == "fast: serves everything. Why: it can."
     backend = select.Backend("fast", False, "everything", "no compiler was found")
     assert str(backend).startswith("fast: not available; would serve everything. Why: no")
+
+
+def test_report_is_read_on_80_columns_and_nothing_is_lost():
+    for backend in backends():
+        first, *others = str(backend).splitlines()
+        assert others
+        assert first.startswith(f"{backend.name}: ")
+        assert all(line.startswith("    ") for line in others)
+        assert max(map(len, [first, *others])) <= 80
+        words = " ".join(str(backend).split())
+        assert words.endswith(f" {backend.serves}. Why: {backend.reason}.")
+
+
+def test_a_name_that_is_no_backends_is_told_where_it_may_have_been_meant(monkeypatch):
+    monkeypatch.setenv("BATCHNORM_DISABLE", "tritn,native")
+    told = [b.name for b in backends() if "names 'tritn', expected native or triton" in b.reason]
+    assert told == ["native", "triton"]
+    monkeypatch.setenv("BATCHNORM_DISABLE", "native,,triton")
+    assert not [b for b in backends() if "expected native or triton" in b.reason]
+
+
+def test_the_first_thing_that_triton_misses_is_what_no_installing_would_mend(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "_DISABLED", False)
+    monkeypatch.setattr(triton, "ABSENT", "triton is not installed")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.missing() == "torch finds no CUDA GPU"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert triton.missing() == "torch finds no CUDA GPU (it is built without CUDA)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert triton.missing() == "triton is not installed"
+    monkeypatch.setattr(torch.version, "hip", "6")
+    assert triton.missing() == "they have not been tried with ROCm"
+    monkeypatch.setattr(triton, "INTERPRETED", True)  # which needs Triton and nothing else
+    assert triton.missing() == "triton is not installed"
+    monkeypatch.setattr(triton, "ABSENT", None)
+    assert triton.missing() is None
+
+
+INTERPRETED = """
+import torch
+from batchnorm import backends, batch_norm
+from batchnorm.kernels import native, triton
+ran = []
+for kernels in (native, triton):
+    if native.MISSING is None or kernels is triton:
+        def forward(*args, kernels=kernels, call=kernels.forward):
+            ran.append(kernels.NAME)
+            return call(*args)
+        kernels.forward = forward
+batch_norm(torch.randn(4, 3), None, None, training=True)
+print(*ran, "unless BATCHNORM_DISABLE=native" in backends()[1].reason)
+"""
+
+
+@pytest.mark.parametrize("disabled", ["", "native"])
+def test_the_interpreter_gets_what_the_report_says_that_it_does(disabled):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "BATCHNORM_DISABLE": disabled}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    first = native.MISSING is None and not disabled
+    assert done.stdout == ("native True\n" if first else "triton False\n"), done.stderr
 
 
 def test_report_names_what_serves():

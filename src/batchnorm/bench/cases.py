@@ -109,7 +109,8 @@ class Suite:
         sizes: tensors of growing size, for the cost of a byte.
         rounds: how often each contender is timed in a process.
         processes: how many processes do all of it, one after the other; see estimate.between.
-        minutes: what it takes on two quiet cores.
+        minutes: what it takes on two quiet cores; means nothing of a suite for a GPU.
+        device: what it is for.
     """
 
     cases: tuple[Case, ...]
@@ -118,6 +119,7 @@ class Suite:
     rounds: int
     processes: int
     minutes: float
+    device: str = "cpu"
 
     @property
     def steps(self) -> int:
@@ -265,7 +267,7 @@ _REHEARSED = (
 #: short. And the same on the CPU with almost nothing to do, to see that every part works.
 GPU_SUITES: Mapping[str, Suite] = MappingProxyType(
     {
-        "gpu": Suite(_GPU, frozenset(_GPU_COMPILED), (), 7, processes=1, minutes=5),
+        "gpu": Suite(_GPU, frozenset(_GPU_COMPILED), (), 7, processes=1, minutes=5, device="cuda"),
         "rehearsal": Suite(_REHEARSED, frozenset(_REHEARSED[:1]), (), 2, processes=1, minutes=1),
     }
 )

@@ -36,6 +36,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "batchnorm": __version__,
         "commit": commit(),
         "torch": str(torch.__version__),
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "libc": "-".join(platform.libc_ver()),
@@ -48,7 +49,8 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "cache_bytes": cache_bytes(),
         "transparent_hugepage": huge_pages(),
         "threads": torch.get_num_threads(),
-        "backends": [str(backend) for backend in backends()],
+        # Without the breaks of its lines, for tables.
+        "backends": [" ".join(str(backend).split()) for backend in backends()],
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "seed": seed,
     }
@@ -65,7 +67,6 @@ def gpu() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": _version("triton"),
         **nvidia_smi(),
     }
 

@@ -27,7 +27,7 @@ WIDTH, LINES = 80, 60
 
 _SHORT = {EAGER: "eager", NATIVE: "no cuDNN", COMPILE: "compile", AUTOTUNE: "autotune"}
 
-COMMAND = "make gpu"
+COMMAND, REHEARSAL = "make gpu", "PYTHONPATH=src python3 benchmarks/gpu.py --rehearse"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Part:
 
     Attributes:
         proves: whether it is one of those that show that our results are right: if such a one was
-            stopped, that has not been shown.
+            stopped or skipped, that has not been shown.
     """
 
     name: str
@@ -55,12 +55,12 @@ def summarise(
         What `results.summarise` returns, whose `allocator` says here what the GPU's cache held; and
         `parts`, how they ended; `targets`; `copy_speed`, in bytes per second; `resnet`; `profiles`,
         the kernels that ran; `failed`, calls of ours that raised; `wrong`, what was not right, in
-        words; `unproven`, what was not looked at in time, likewise; `rehearsal`, if no time in it
-        means anything.
+        words; `unproven`, what was left out or not finished, likewise; `rehearsal`, if it was on
+        the CPU, where no time means anything: there are no targets then.
     """
     if not any(event["event"] == "environment" for event in events):
         events = [{"event": "environment"}, *events]
-    content = results.summarise("gpu", events, command=COMMAND)
+    content = results.summarise("gpu", events, command=REHEARSAL if rehearsal else COMMAND)
     for unknown in ("filter", "load", "kernels"):  # of the CPU's suites
         del content[unknown]
     resnet = next((_bare(event) for event in events if event["event"] == "resnet"), None)
@@ -70,7 +70,7 @@ def summarise(
         "rehearsal": rehearsal,
         "complete": all(part.status in (OK, WRONG, SKIPPED) for part in parts),
         "parts": [vars(part) for part in parts],
-        "targets": targets.judge(content["rows"], resnet),
+        "targets": [] if rehearsal else targets.judge(content["rows"], resnet),
         "copy_speed": speed and {"bytes_per_second": speed[0], "case": speed[1]},
         "resnet": resnet,
         "profiles": [_bare(event) for event in events if event["event"] == "profile"],
@@ -80,7 +80,7 @@ def summarise(
     content["unproven"] = [
         f"{part.name} {part.status}: {part.says}"
         for part in parts
-        if part.proves and part.status == STOPPED
+        if part.proves and part.status in (STOPPED, SKIPPED)
     ]
     shortened: dict[str, Any] = results.short(content)
     return shortened
@@ -111,9 +111,13 @@ def _wrong(content: dict[str, Any]) -> Iterator[str]:
 
 
 def table(content: dict[str, Any]) -> list[str]:
-    """Return what a session has found, in short: less than `LINES` lines of at most `WIDTH`."""
-    lines = [*_place(content), *_parts(content), "", *_targets(content), "", *_means(content)]
-    lines += [*_worst(content), *_resnet(content)]
+    """Return what a session has found, in short: less than `LINES` lines of at most `WIDTH`.
+
+    Of a rehearsal no times.
+    """
+    lines = [*_place(content), *_parts(content), ""]
+    if not content["rehearsal"]:
+        lines += [*_targets(content), "", *_means(content), *_worst(content), *_resnet(content)]
     bad = [f"WRONG: {reason}" for reason in content["wrong"]]
     bad += [f"NOT PROVEN: {reason}" for reason in content["unproven"]]
     room = LINES - 2 - len(lines)
@@ -124,11 +128,7 @@ def _verdict(content: dict[str, Any]) -> str:
     """The last line. That nothing was wrong says little of what has not been looked at."""
     if content["wrong"] or content["unproven"]:
         return f"{len(content['wrong'])} wrong, {len(content['unproven'])} not proven"
-    left = [
-        part["name"]
-        for part in content["parts"]
-        if part["status"] == STOPPED or (part["proves"] and part["status"] == SKIPPED)
-    ]
+    left = [part["name"] for part in content["parts"] if part["status"] == STOPPED]
     return "nothing was wrong" + (f" in what ran; not finished: {'; '.join(left)}" if left else "")
 
 
@@ -144,11 +144,13 @@ def _place(content: dict[str, Any]) -> Iterator[str]:
     """
     place = content["environment"]
     gpu = place.get("gpu") or {}
+    software = f"torch {place.get('torch')}, triton {place.get('triton')}"
     if content["rehearsal"]:
-        yield "REHEARSAL on the CPU: no time here means anything."
+        yield "REHEARSAL on the CPU: whether every part works, and nothing of how fast."
+        yield _cut(software)
+        return
     yield _cut(
-        f"{place.get('device')}, driver {gpu.get('driver')}, torch {place.get('torch')}, "
-        f"triton {gpu.get('triton')}, cuDNN {gpu.get('cudnn')}"
+        f"{place.get('device')}, driver {gpu.get('driver')}, {software}, cuDNN {gpu.get('cudnn')}"
     )
     if speed := content["copy_speed"]:
         yield f"copy: {speed['bytes_per_second'] / 1e12:.2f} TB/s ({speed['case']})"

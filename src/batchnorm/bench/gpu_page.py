@@ -18,6 +18,8 @@ def page(content: dict[str, Any] | None) -> str:
     """Return the page of results; without any, what it says until there are some."""
     if content is None:
         return _NOT_YET
+    if content["rehearsal"]:
+        return _rehearsed(content)
     place = content["environment"]
     gpu = place.get("gpu") or {}
     return (
@@ -35,7 +37,7 @@ def page(content: dict[str, Any] | None) -> str:
 {gpu.get("memory_clock")}, power limit {gpu.get("power_limit")}, {gpu.get("temperature_c")} °C |
 | software | batchnorm {place.get("batchnorm")} at {place.get("commit")}, torch \
 {place.get("torch")}, CUDA {gpu.get("cuda")}, cuDNN {gpu.get("cudnn")}, triton \
-{gpu.get("triton")}, Python {place.get("python")} |
+{place.get("triton")}, Python {place.get("python")} |
 | kernels | {_served(place)} |
 | date, seed | {place.get("date")}, {place.get("seed")} |""",
                 "```text\n" + "\n".join(table(content)) + "\n```",
@@ -46,6 +48,33 @@ def page(content: dict[str, Any] | None) -> str:
         )
         + "\n"
     )
+
+
+def _rehearsed(content: dict[str, Any]) -> str:
+    """A page that is about no GPU, and looks so."""
+    place = content["environment"]
+    notes = "".join(f"> {note}\n\n" for note in content["notes"])
+    printed = "\n".join(table(content))
+    return f"""\
+# A rehearsal, without a GPU
+
+Nothing was measured: this is `{COMMAND}` on the CPU, with the kernels in Triton's interpreter, to
+see whether every part of it works.
+
+```sh
+{content["command"]}
+```
+
+| | |
+|---|---|
+| batchnorm | {place.get("batchnorm")} at {place.get("commit")} |
+| kernels | {_served(place)} |
+| date, seed | {place.get("date")}, {place.get("seed")} |
+
+{notes}```text
+{printed}
+```
+"""
 
 
 def _served(place: dict[str, Any]) -> str:

@@ -43,15 +43,13 @@ class Bar(runner.Progress):
     def __exit__(self, *raised: object) -> None:
         self._bars.stop()
 
-    def start(self, suite: str, total: int, minutes: float) -> None:
+    def start(self, suite: str, total: int, minutes: float | None) -> None:
         """Draw an empty bar; where nobody would see it, say once what is to be expected."""
         self._task = self._bars.add_task("", total=total)
         self._begun = False
         if not self._console.is_terminal:
-            self.note(
-                f"Measuring the {suite} suite: {total} steps, about {expected(minutes)} on 2 "
-                "quiet cores."
-            )
+            known = "" if minutes is None else f", about {expected(minutes)} on 2 quiet cores"
+            self.note(f"Measuring the {suite} suite: {total} steps{known}.")
 
     def step(self, what: str) -> None:
         """Say what is measured now; what was before is finished."""

@@ -70,8 +70,8 @@ class Interrupted(KeyboardInterrupt):
 class Progress:
     """What a watcher is told; this one stays silent."""
 
-    def start(self, suite: str, total: int, minutes: float) -> None:
-        """Tell how many steps there will be, and what they take on two quiet cores."""
+    def start(self, suite: str, total: int, minutes: float | None) -> None:
+        """Tell how many steps there will be, and what they take on two quiet cores, if there."""
 
     def step(self, what: str) -> None:
         """Tell what is measured next."""
@@ -83,7 +83,7 @@ class Progress:
 def run(
     suite: str = "quick",
     *,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     text: str = "",
     progress: Progress | None = None,
@@ -92,7 +92,7 @@ def run(
 
     Args:
         suite: its name: quick takes about a minute, full half an hour.
-        device: cpu or cuda.
+        device: cpu or cuda; what the suite is for if None.
         threads: of torch; its own choice if None.
         text: only the cases that have it in their titles.
         progress: is told what is going on.
@@ -101,12 +101,14 @@ def run(
         What `results.summarise` says.
 
     Raises:
-        ArgumentError: there is no such suite, case, device or backend to disable.
+        ArgumentError: there is no such suite, case, device or backend to disable; or the suite is
+            for a GPU and the device is none.
         MeasuringError: a measuring process died.
         Interrupted: Ctrl-C; it has what was measured until then.
     """
     chosen = cases.find(suite, text)
-    _check_device(device)
+    device = device or chosen.device
+    _check_device(device, suite, chosen)
     _check_disabled()
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads must be at least 1; got {threads}.")
@@ -118,7 +120,8 @@ def run(
     disabled = os.environ.get(_DISABLE)
     prefix = f"{_DISABLE}={shlex.quote(disabled)} " if disabled else ""
     summarise = partial(results.summarise, suite, command=prefix + shlex.join(command), filter=text)
-    progress.start(suite, chosen.processes * len(names) * chosen.steps, chosen.minutes)
+    minutes = chosen.minutes if device == "cpu" else None
+    progress.start(suite, chosen.processes * len(names) * chosen.steps, minutes)
     events: list[Event] = []
     try:
         # Processes of one allocator are not neighbours in time: what slows the machine down for a
@@ -234,13 +237,18 @@ def _check_disabled() -> None:
             )
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, suite: str, chosen: cases.Suite) -> None:
     if device not in DEVICES:
         raise ArgumentError(
             f"There is no device called {device!r}. Expected one of: {', '.join(DEVICES)}."
         )
+    if chosen.device == "cuda" != device:
+        raise ArgumentError(
+            f"The {suite} suite's tensors are of sizes for a GPU; got device {device!r}. Leave "
+            f"--device out, or take one of the CPU's suites: {', '.join(cases.SUITES)}."
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(
-            "expected a CUDA device, found none. Measure the CPU with --device cpu, or install a "
-            "torch that is built for this machine's GPU."
+            "expected a CUDA device, found none. Measure the CPU with --suite quick --device cpu, "
+            "or install a torch that is built for this machine's GPU."
         )

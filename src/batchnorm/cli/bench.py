@@ -34,10 +34,15 @@ def add(app: typer.Typer) -> None:
             typer.Option(
                 metavar="quick|full|gpu",
                 help="quick takes about a minute; full, every case and torch.compile for each, "
-                "about half an hour on 2 cores (an estimate); gpu is for --device cuda.",
+                "about half an hour on 2 cores (an estimate); gpu needs a CUDA GPU.",
             ),
         ] = "quick",
-        device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+        device: Annotated[
+            str | None,
+            typer.Option(
+                metavar="cpu|cuda", help="Where to compute; where the suite belongs if not given."
+            ),
+        ] = None,
         json: Annotated[
             Path | None,
             typer.Option(

@@ -10,6 +10,7 @@ statistics of the same kind.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,13 @@ from batchnorm.moments import (
     expand_mask,
 )
 
+#: Characters in a line of a backend that is printed.
+COLUMNS = 80
+
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the kernels, as `batchnorm.backends()` reports it.
+    """One implementation of the kernels, as `batchnorm.backends()` reports it; print it to read it.
 
     Attributes:
         name: what to call it.
@@ -47,7 +51,13 @@ class Backend:
 
     def __str__(self) -> str:
         state = "serves" if self.available else "not available; would serve"
-        return f"{self.name}: {state} {self.serves}. Why: {self.reason}."
+        return textwrap.fill(
+            f"{self.name}: {state} {self.serves}. Why: {self.reason}.",
+            COLUMNS,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def backends() -> tuple[Backend, ...]:
@@ -64,6 +74,9 @@ def backends() -> tuple[Backend, ...]:
     """
     disabled = os.environ.get("BATCHNORM_DISABLE", "").split(",")
     unknown = ", ".join(repr(name) for name in disabled if name not in ("", "native", "triton"))
+    # Told with both that it could have been meant for.
+    typo = f"; BATCHNORM_DISABLE names {unknown}, expected native or triton" if unknown else ""
+    devices, way = _triton()
     return (
         Backend(
             "native",
@@ -76,21 +89,15 @@ def backends() -> tuple[Backend, ...]:
                 "what is compiled, exported or transformed must be operations that torch sees "
                 "through"
             )
-            + (
-                f"; BATCHNORM_DISABLE names {unknown}, expected native or triton" if unknown else ""
-            ),
+            + typo,
         ),
         Backend(
             "triton",
             triton.missing() is None,
-            "eager calls on CUDA GPUs: float32, float16 and bfloat16, any layout, channel axis and "
-            "mask, activation and residual fused; not groups (virtual_batch_size)",
-            triton.missing()
-            or (
-                "interpreted on the CPU, for tests (TRITON_INTERPRET=1)"
-                if triton.INTERPRETED
-                else "one or two passes over memory"
-            ),
+            f"eager and compiled calls on {devices}: float32, float16 and bfloat16, any layout, "
+            "channel axis and mask, activation and residual fused; but not compiled training with "
+            "virtual_batch_size, renorm or process_group",
+            (triton.missing() or way) + typo,
         ),
         Backend(
             "aten",
@@ -110,6 +117,18 @@ def backends() -> tuple[Backend, ...]:
             "everywhere, fused nowhere",
         ),
     )
+
+
+def _triton() -> tuple[str, str]:
+    """Where its kernels run, and how."""
+    if not triton.INTERPRETED:
+        capability = ".".join(map(str, triton.CAPABILITY))
+        devices = f"CUDA GPUs of compute capability {capability} or later"
+        return devices, "one or two passes over memory"
+    way = "TRITON_INTERPRET=1 has Triton's interpreter run them, for tests: right, and very slow"
+    if native.MISSING is None:
+        way += "; eager calls on the CPU go to native first, unless BATCHNORM_DISABLE=native"
+    return "the CPU and CUDA GPUs", way
 
 
 def whole(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import oracle
-from batchnorm import BatchNorm, batch_norm_pure
+from batchnorm import BatchNorm, Renorm, batch_norm_pure
 from batchnorm.kernels import calls, triton
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
@@ -163,6 +163,20 @@ def test_transforms_do_without(graphs):
     compiled = torch.compile(loss, fullgraph=True, backend=graphs)
     torch.testing.assert_close(compiled(x), loss(x), **CLOSE)
     assert not any("triton" in graph for graph in graphs)
+
+
+@pytest.mark.parametrize("option", ["virtual_batch_size", "renorm"])
+def test_training_by_groups_and_renormalised_does_without_and_evaluation_does_not(graphs, option):
+    """As `backends()` says."""
+    layer = layer_of(**{option: 2 if option == "virtual_batch_size" else Renorm(3.0, 5.0)})
+    forward = torch.compile(layer, fullgraph=True, backend=graphs)
+    x = normal(4, 5, 6)
+    forward(x)
+    assert graphs
+    assert not any("triton" in graph for graph in graphs)
+    layer.eval()
+    forward(x)
+    assert "triton" in graphs[-1]
 
 
 def test_exported_graphs_do_without():

@@ -44,8 +44,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAPABILITY = (8, 0)
 
 
+_DISABLED = "triton" in os.environ.get("BATCHNORM_DISABLE", "").split(",")
+
+
 def _absent() -> str | None:
-    if "triton" in os.environ.get("BATCHNORM_DISABLE", "").split(","):
+    if _DISABLED:
         return "the environment variable BATCHNORM_DISABLE names it"
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -57,13 +60,16 @@ ABSENT = _absent()
 
 
 def missing() -> str | None:
-    """Why there are no kernels here, or None."""
-    if ABSENT or INTERPRETED:
+    """Why there are no kernels here, or None; first what no installing of Triton would mend."""
+    if INTERPRETED or _DISABLED:
         return ABSENT
     if torch.version.hip is not None:
         return "they have not been tried with ROCm"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU"
+        built = "" if torch.version.cuda else " (it is built without CUDA)"
+        return f"torch finds no CUDA GPU{built}"
+    if ABSENT:
+        return ABSENT
     index = torch.cuda.current_device()
     return _too_old(index) or _broken(index)
 
