@@ -449,7 +449,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         moments = Moments.of(x, mask, channel_dim=axes)
         if pool is not None:
             moments, _ = pool.merge(moments)
-        mean, var, total = moments.mean, moments.variance(), moments.count
+        mean, var, total = moments.mean, moments.normalizing_variance(), moments.count
     else:
         (mean, var), total = statistics, None
     options: Any = {"eps": eps, "activation": activation, "channel_dim": axes}

@@ -316,7 +316,9 @@ def forward(
     count: Tensor | None = None
     if given is None:
         found = moments(x, mask, channel_dim)
-        count, mean, var = found.count, found.mean, found.variance()
+        # As the kernels have it, where a mask leaves nothing.
+        var = found.variance() if mask is None else found.normalizing_variance()
+        count, mean = found.count, found.mean
     else:
         wide = torch.promote_types(accumulation_dtype(x.device), given[0].dtype)
         mean, var = given[0].to(wide, copy=True), given[1].to(wide, copy=True)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from batchnorm import BatchNorm, Renorm, batch_norm
+from batchnorm.autograd_kernels import KernelFunction
 from batchnorm.kernels import calls, triton
+from batchnorm.kernels.triton import operand
 from batchnorm.moments import Moments
 from triton_steps import CUTS, DEVICE, EPS, PATHS, check, counts, lay, normal, served
 
@@ -45,6 +47,33 @@ def test_shapes(cut, shape, size):
     check(x, size=size, activation="relu")
     check(lay(x, "channels_last"), size=size, residual=normal(*shape), activation="leaky_relu")
     check(x, size=size, mask=by_groups(shape, size), residual=normal(*shape))
+
+
+@each_path
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(1, 8).t(),
+        torch.randn(1, 8, 5).transpose(0, 1),
+        torch.randn(8, 5, 1).transpose(1, 2),
+        torch.randn(8, 2, 5)[:, :1],
+    ],
+    ids=["dense", "channels outermost", "channels last", "gaps"],
+)
+def test_a_single_channel(cut, x):
+    """Its axis has size 1, and may stand anywhere in memory."""
+    x = x.to(DEVICE)
+    check(x, size=3)
+    check(x, size=3, mask=by_groups(x.shape, 3), activation="relu")
+
+
+def test_outputs_lie_as_inputs_do():
+    """With gaps too: in the order of x's axes."""
+    x = lay(normal(6, 4, 2, 6), "channels_last")[..., :4]
+    ghost, plain = (
+        batch_norm(x, None, None, training=True, virtual_batch_size=size) for size in (2, None)
+    )
+    assert ghost.stride() == plain.stride()
 
 
 @each_path
@@ -147,6 +176,46 @@ def test_one_value_in_a_group_is_left_to_others():
         assert triton.moments(x, None, 1, flags)[-1] == calls.NOT_SERVED
         *_, code = triton.forward(x, *[None] * 7, 0.1, EPS, 1, flags | calls.TRAINING)
         assert code == calls.NOT_SERVED
+
+
+def test_statistics_of_other_lengths_are_left_to_others():
+    """In training those of a channel, in evaluation those of every group."""
+    x = normal(6, 3, 4)
+    grouped, one, each = 2 << calls.GROUP_BIT, normal(3), normal(9)
+    for flags, mean, var in (
+        (0, one, one),
+        (calls.KEEP, one, one),
+        (0, each, one),
+        (calls.TRAINING, one, each),
+        (calls.TRAINING, each, each),
+    ):
+        *_, code = triton.forward(
+            *(x, None, None, None, None, mean, var, None, 0.1, EPS, 1, flags | grouped)
+        )
+        assert code == calls.NOT_SERVED
+    # More numbers of channels than 32 bits count.
+    many = torch.empty(2**17 - 2, 2**15, dtype=BF16, device="meta")
+    assert not operand.served(many, None, (), EPS, 1, 2 << calls.GROUP_BIT)
+    assert operand.served(many[:-8], None, (), EPS, 1, 2 << calls.GROUP_BIT)
+
+
+@each_path
+@pytest.mark.parametrize("size", [3, None])
+def test_gradients_where_a_group_counts_nothing(cut, size):
+    """First ones by the kernels, and the same that can be differentiated."""
+    x, weight, dy = normal(6, 3, 4), normal(3), normal(6, 3, 4)
+    mask = torch.zeros(6, 4, dtype=torch.bool, device=DEVICE)
+    if size is not None:
+        mask[:3] = True
+    results = []
+    for again in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        options = mask.unsqueeze(1), None, None, None, 0.1, EPS, 1
+        flags = calls.TRAINING | (size or 0) << calls.GROUP_BIT
+        y, _ = KernelFunction.apply(*leaves, None, None, (*options, flags, [], None, triton))
+        results.append(torch.autograd.grad(y, leaves, dy, create_graph=again))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @each_path

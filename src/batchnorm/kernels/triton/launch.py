@@ -19,6 +19,7 @@ from batchnorm.kernels.reference import LEAKY_SLOPE
 from batchnorm.kernels.triton.launcher import launch, on
 from batchnorm.kernels.triton.operand import (
     Operand,
+    are_running,
     doubled,
     fewest,
     grouping,
@@ -70,8 +71,8 @@ def forward(
     """
     training = bool(flags & calls.TRAINING)
     if (
-        not served(x, mask, (weight, bias, running_mean, running_var), eps, channel_dim, flags)
-        or (training and running_mean is not None and len(running_mean) != x.shape[channel_dim])
+        not served(x, mask, (weight, bias), eps, channel_dim, flags)
+        or not are_running((running_mean, running_var), x, channel_dim, flags)
         or not (residual is None or is_like(residual, x))
         or not (counter is None or is_counter(counter, x))
         or (running_mean is None) != (running_var is None)
@@ -93,9 +94,8 @@ def forward(
         if running_mean is None or running_var is None:
             return x, None, 0.0, calls.NOT_SERVED
         given: tuple[Tensor, ...] = running_mean, running_var
-        kept = None
-        if flags & calls.KEEP:
-            kept = of.numbers(2, of.row)
+        kept = of.numbers(2, of.row) if flags & calls.KEEP else None
+        if kept is not None:
             given = kept[:, : of.slots].copy_(torch.stack(given)).unbind()
         _normalize(of, data, given, eps, flags)
         return y, kept, 0.0, 0
@@ -168,7 +168,9 @@ def _finish_moments(of: Operand, partial: Tensor, merge: tuple[Any, ...]) -> Non
 
 def _pool(of: Operand, statistics: Tensor, total: Tensor | None) -> None:
     """Statistics of all groups together, behind those of each."""
-    args = statistics, of.counts, total, of.channels, of.groups
+    outer, all_outer, *_ = of.plan.shape
+    counts = None if of.mask is None else of.counts
+    args = statistics, counts, total, of.channels, of.groups, outer, all_outer, of.lies.inner
     channels = min(POOLED, power_of_two(of.channels))
     groups = min(POOLED_PARTS // channels, power_of_two(of.groups))
     grid = (-(-of.channels // channels),)
@@ -251,7 +253,7 @@ def backward(
 
     With the sums of all who share the moments given, dx is by those, and γ and β get none.
     """
-    activation, training = flags & calls.ACTIVATION, bool(flags & calls.TRAINING)
+    activation = flags & calls.ACTIVATION
     if not _fits(dy, x, y, statistics, weight, bias, mask, eps, channel_dim, flags) or (
         flags & calls.WANT_RESIDUAL and activation and y is None
     ):
@@ -263,40 +265,51 @@ def backward(
     dz = None
     if flags & calls.WANT_RESIDUAL and (activation or mask is not None):
         dz = of.like(dy.dtype)
-    d_weight = d_bias = None
-    if flags & calls.WANT_PARAMETERS:
-        like = weight if weight is not None else bias
-        dtype = torch.float64 if like is None or of.groups > 1 else like.dtype
-        d_weight, d_bias = (torch.empty(of.slots, dtype=dtype, device=x.device) for _ in range(2))
+    parameters = of.gradients(weight, bias) if flags & calls.WANT_PARAMETERS else (None, None)
     data = of.arranged(dy), of.x, _sign(of, y, flags), of.mask
     channel = statistics, of.each(weight), of.each(bias)
-    counted = _counted(count if of.groups == 1 else of.counts)
+    if of.groups > 1:  # the count is of all; without a mask the kernels know each group's
+        count = 0.0 if dx is None or of.mask is None else of.counts
     with on(x):
-        if of.plan.whole and sums is None:
-            kernel = device().backward.whole_gradient_kernel
-            rest = d_weight, d_bias, *counted, *doubled(eps), *of.plan.shape
-            _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
-            return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
-        partial = None
-        if dz is not None or (sums is None and (training or d_weight is not None)):
-            partial = _partial_sums(of, data, dz, channel, eps, flags)
-        through = training and dx is not None  # the gradient goes through the moments
-        outs = d_weight, d_bias
-        if partial is not None and sums is None and not (through and of.plan.folds):
-            sums = of.numbers(2, of.slots) if through else None
-            _finish_sums(of, partial, sums, *outs)
-        if dx is not None:
-            if sums is not None or not training:
-                partial, outs = None, (None, None)
-            # What the first pass has written is all that the second needs of dy and y, unless
-            # rounding has changed it.
-            if dz is not None and (activation < 2 or dz.dtype is torch.float32):
-                data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
-            given = sums if training else None, partial, *outs, *counted, *doubled(eps)
-            args = *data, dx, *channel, *given, *of.plan.shape, *of.plan.passes, of.plan.splits
-            kernel = device().backward.gradient_kernel
-            _run(kernel, of, args, of.plan.parts, *_activation(flags))
-    return dx, dz, *of.together(d_weight, d_bias, weight, bias), 0
+        _gradients(of, data, (dx, dz, *parameters), channel, sums, _counted(count), eps, flags)
+    return dx, dz, *of.together(parameters, weight, bias), 0
+
+
+def _gradients(
+    of: Operand,
+    data: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
+    channel: tuple[Tensor | None, ...],
+    sums: Tensor | None,
+    counted: tuple[Any, ...],
+    eps: float,
+    flags: int,
+) -> None:
+    dx, dz, *outs = gradients
+    training = bool(flags & calls.TRAINING)
+    if of.plan.whole and sums is None:
+        kernel = device().backward.whole_gradient_kernel
+        rest = *outs, *counted, *doubled(eps), *of.plan.shape
+        _run(kernel, of, (*data, dx, dz, *channel, *rest), *_activation(flags), training)
+        return
+    partial = None
+    if dz is not None or (sums is None and (training or outs[0] is not None)):
+        partial = _partial_sums(of, data, dz, channel, eps, flags)
+    through = training and dx is not None  # the gradient goes through the moments
+    if partial is not None and sums is None and not (through and of.plan.folds):
+        sums = of.numbers(2, of.slots) if through else None
+        _finish_sums(of, partial, sums, *outs)
+    if dx is not None:
+        if sums is not None or not training:
+            partial, outs = None, [None, None]
+        # What the first pass has written is all that the second needs of dy and y, unless rounding
+        # has changed it.
+        if dz is not None and (flags & calls.ACTIVATION < 2 or dz.dtype is torch.float32):
+            data, flags = (dz, of.x, None, of.mask), flags & ~calls.ACTIVATION
+        given = sums if training else None, partial, *outs, *counted, *doubled(eps)
+        args = *data, dx, *channel, *given, *of.plan.shape, *of.plan.passes, of.plan.splits
+        kernel = device().backward.gradient_kernel
+        _run(kernel, of, args, of.plan.parts, *_activation(flags))
 
 
 def _fits(

@@ -45,16 +45,16 @@ class Operand(NamedTuple):
         """Read x and a mask that has its shape with one channel; copy what is not dense."""
         lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
         if lies is None:
-            # Dense, its axes in the same order; or samples apart from one another.
-            dense = x.contiguous() if grouping(x, channel_dim, flags)[1] > 1 else x.clone()
-            return cls.of(dense, channel_dim, mask, flags)
+            return cls.of(x.clone(), channel_dim, mask, flags)  # dense, axes in the same order
         if mask is not None:
             mask = mask.resolve_neg().permute(lies.order).contiguous()
             mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
         outer, all_outer = lies.outer, None
         size, groups = grouping(x, channel_dim, flags)
         if groups > 1:
-            outer, all_outer = outer // x.shape[0] * size, outer
+            if lies.channels == 1:  # its axis may stand before that of the samples, or behind
+                lies = Arrangement(len(x), 1, x.numel() // len(x), lies.order)
+            outer, all_outer = lies.outer // len(x) * size, lies.outer
         cut = plan(outer, lies.channels, lies.inner, x.element_size(), all_outer)
         return cls(x, mask, lies, size, cut)
 
@@ -85,14 +85,11 @@ class Operand(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """The weight that each group's statistics have behind them."""
+        """The weight that a mask gives each group, as the kernels read it."""
+        assert self.mask is not None  # noqa: S101 - for mypy: else there is nothing to ask
         samples = len(self.x)
-        if self.mask is None:
-            weights = self.numbers(samples).fill_(self.values / samples)
-        else:
-            # As the kernels read them.
-            weights = self.mask if self.mask.is_floating_point() else self.mask != 0
-            weights = weights.reshape(samples, -1).to(torch.float32).sum(1, dtype=torch.float64)
+        weights = self.mask if self.mask.is_floating_point() else self.mask != 0
+        weights = weights.reshape(samples, -1).to(torch.float32).sum(1, dtype=torch.float64)
         weights = torch.nn.functional.pad(weights, (0, self.groups * self.size - samples))
         return weights.view(self.groups, self.size).sum(1)
 
@@ -110,24 +107,35 @@ class Operand(NamedTuple):
             return parameter
         return parameter.repeat(self.groups)
 
+    def gradients(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Room for those of γ and β in every group; of several in float64, to be added."""
+        like = weight if weight is not None else bias
+        dtype = torch.float64 if like is None or self.groups > 1 else like.dtype
+        d_weight, d_bias = (
+            torch.empty(self.slots, dtype=dtype, device=self.x.device) for _ in range(2)
+        )
+        return d_weight, d_bias
+
     def together(
         self,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
+        gradients: tuple[Tensor | None, Tensor | None],
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of γ and β from those that they have in every group."""
+        """Those of all groups, but each group's of what it has of its own."""
+        d_weight, d_bias = gradients
         if self.groups == 1 or d_weight is None or d_bias is None:
-            return d_weight, d_bias
+            return gradients
         like = weight if weight is not None else bias
         dtype = torch.float64 if like is None else like.dtype
-        return self._together(d_weight, weight, dtype), self._together(d_bias, bias, dtype)
-
-    def _together(self, gradient: Tensor, parameter: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if parameter is None or len(parameter) == self.channels:
-            gradient = gradient.view(self.groups, self.channels).sum(0)
-        return gradient.to(dtype)
+        own_weight, own_bias = (
+            p is not None and len(p) == self.slots for p in (weight, like if bias is None else bias)
+        )
+        both = torch.stack((d_weight, d_bias)).view(2, self.groups, -1).sum(1).to(dtype)
+        return (
+            d_weight.to(dtype) if own_weight else both[0],
+            d_bias.to(dtype) if own_bias else both[1],
+        )
 
     def arranged(self, other: Tensor) -> Tensor:
         """The same values, lying as x does."""
@@ -169,12 +177,13 @@ def served(
     """
     if x.dim() < 2 or x.numel() == 0 or negated(x) or not -x.dim() <= channel_dim < x.dim():
         return False
-    slots = channels = x.shape[channel_dim]
-    if flags >> calls.GROUP_BIT:
-        _, groups = grouping(x, channel_dim, flags)
-        if groups > MOST_GROUPS or (groups > 1 and not apart(x, channel_dim)):
-            return False
-        slots *= groups
+    slots, channels = slots_of(x, channel_dim, flags), x.shape[channel_dim]
+    if slots > channels and (
+        slots > MOST_GROUPS * channels
+        or slots + channels >= 2**31  # the kernels count them in 32 bits
+        or not apart(x, channel_dim)
+    ):
+        return False
     return (
         (mask is None or mask.device == x.device)
         and (flags & calls.ACTIVATION) < len(calls.ACTIVATIONS)
@@ -192,6 +201,11 @@ def grouping(x: Tensor, channel_dim: int, flags: int) -> tuple[int, int]:
     return (size, -(-samples // size)) if size < samples else (samples, 1)
 
 
+def slots_of(x: Tensor, channel_dim: int, flags: int) -> int:
+    """Channels of all groups."""
+    return grouping(x, channel_dim, flags)[1] * x.shape[channel_dim]
+
+
 def fewest(x: Tensor, channel_dim: int, flags: int) -> int:
     """Values of a channel in the smallest group."""
     values = x.numel() // x.shape[channel_dim]
@@ -203,9 +217,12 @@ def fewest(x: Tensor, channel_dim: int, flags: int) -> int:
 
 
 def apart(x: Tensor, channel_dim: int) -> bool:
-    """Whether each sample has a place in memory of its own, or will have."""
+    """Whether each sample has a place in memory of its own, or will have without gaps."""
     lies = arrangement(x.shape, x.stride(), channel_dim % x.dim())
-    outermost = 0 if lies is None else next(axis for axis in lies.order if x.shape[axis] > 1)
+    if lies is None:
+        strides = torch.empty_like(x, device="meta").stride()
+        lies = arrangement(x.shape, strides, channel_dim % x.dim())
+    outermost = lies and next(axis for axis in lies.order if x.shape[axis] > 1)
     return channel_dim % x.dim() != 0 and outermost == 0
 
 
@@ -219,6 +236,15 @@ def is_vector(vector: Tensor, x: Tensor, length: int) -> bool:
         and vector.is_contiguous()
         and not negated(vector)
     )
+
+
+def are_running(
+    vectors: tuple[Tensor | None, ...], x: Tensor, channel_dim: int, flags: int
+) -> bool:
+    """Whether these can take the batch in; or in evaluation, are each group's statistics."""
+    training = flags & calls.TRAINING
+    length = x.shape[channel_dim] if training else slots_of(x, channel_dim, flags)
+    return all(v is None or is_vector(v, x, length) for v in vectors)
 
 
 def is_like(tensor: Tensor, x: Tensor) -> bool:

@@ -225,7 +225,10 @@ def _whole_tile(
     block = min(power_of_two(channels), together)
     if rows * block * run > WHOLE:
         return None
+    most = channels if together > 1 else FOLDED
     while rows * block * run < FEW and groups * channels // (2 * block) >= PROGRAMS // 4:
+        if 2 * block > most:
+            break
         block *= 2
     return rows, block, run
 

@@ -10,6 +10,7 @@ from batchnorm.kernels.triton.device.tiles import (
     along,
     as_stored,
     axes,
+    count_of,
     double,
     finite,
     group_of,
@@ -269,9 +270,7 @@ def gradient_kernel(
     constant = tl.zeros([1, BC, 1], tl.float32)
     factor = constant
     if (sums is not None) or (partial is not None):
-        n = double(count_high, count_low)
-        if count is not None:
-            n = tl.load(count + (0 if all_outer is None else group))
+        n = count_of(count, count_high, count_low, group, outer, inner, all_outer)
         if sums is not None:
             dz_sum = tl.load(sums + slot, mask=known, other=0.0)
             lever_sum = tl.load(sums + slots + slot, mask=known, other=0.0)
@@ -365,9 +364,7 @@ def whole_gradient_kernel(
         constant = tl.zeros([1, BC, 1], tl.float32)
         factor = constant
         if TRAINING:
-            n = double(count_high, count_low)
-            if count is not None:
-                n = tl.load(count + (0 if all_outer is None else group))
+            n = count_of(count, count_high, count_low, group, outer, inner, all_outer)
             constant, factor = pulls(dz_sum, lever_sum, n, rest, invstd)
         out = gradient_of(dz, d, weights, mask, numbers[1], constant, factor)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)

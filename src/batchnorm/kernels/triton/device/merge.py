@@ -173,10 +173,13 @@ def finish_kernel(
 @triton.jit
 def pool_kernel(
     statistics,
-    counts,  # of each group
+    counts,  # of each group, or None: all its elements
     total,
     channels,
     groups,
+    outer,
+    all_outer,
+    inner,
     BC: tl.constexpr,
     BG: tl.constexpr,
 ):
@@ -191,9 +194,12 @@ def pool_kernel(
         g = first + tl.arange(0, BG)
         there = (g < groups)[:, None] & inside[None, :]
         at = statistics + g.to(tl.int64)[:, None] * channels + c[None, :]
-        weights = tl.load(counts + g, mask=g < groups, other=0.0)[:, None] + tl.zeros(
-            [BG, BC], tl.float64
-        )
+        if counts is None:
+            rest = all_outer - g.to(tl.int64) * outer  # the last group may have fewer
+            weights = (tl.maximum(tl.minimum(rest, outer), 0) * inner).to(tl.float64)
+        else:
+            weights = tl.load(counts + g, mask=g < groups, other=0.0)
+        weights = tl.where(there, weights[:, None], 0.0)
         means = tl.load(at, mask=there, other=0.0)
         squares = tl.load(at + slots + channels, mask=there, other=0.0) * weights
         n, mean, m2 = joined(n, mean, m2, weights, means, squares)

@@ -83,6 +83,20 @@ def slots_of(group, channel, channels, all_outer):
 
 
 @triton.jit
+def count_of(count, high, low, group, outer, inner, all_outer):
+    """The weight behind a group's statistics, which a mask decides, or the host knows.
+
+    Or which are all of its elements, where there are several.
+    """
+    n = double(high, low)
+    if all_outer is not None:
+        n = ((tl.full([], 0, tl.int64) + outer) * inner).to(tl.float64)
+    if count is not None:
+        n = tl.load(count + (0 if all_outer is None else group))
+    return n
+
+
+@triton.jit
 def start(tile, tiles_i, BO: tl.constexpr, BI: tl.constexpr):
     """The first outer and the first inner index of a tile."""
     zero = tl.full([], 0, tl.int64)
