@@ -203,15 +203,16 @@ def grouping(x: Tensor, channel_dim: int, flags: int) -> tuple[int, int]:
 
 def slots_of(x: Tensor, channel_dim: int, flags: int) -> int:
     """Channels of all groups."""
-    return grouping(x, channel_dim, flags)[1] * x.shape[channel_dim]
+    channels = x.shape[channel_dim]
+    return channels * grouping(x, channel_dim, flags)[1] if flags >> calls.GROUP_BIT else channels
 
 
 def fewest(x: Tensor, channel_dim: int, flags: int) -> int:
     """Values of a channel in the smallest group."""
     values = x.numel() // x.shape[channel_dim]
-    size, groups = grouping(x, channel_dim, flags)
-    if groups == 1:
+    if not flags >> calls.GROUP_BIT:
         return values
+    size, groups = grouping(x, channel_dim, flags)
     samples = x.shape[0 if channel_dim % x.dim() else 1]
     return (samples - (groups - 1) * size) * (values // samples)
 
