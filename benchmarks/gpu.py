@@ -342,12 +342,12 @@ def correctness(*, rehearse: bool) -> Stage:
         excuse = f"there is no {tests.relative_to(ROOT)}"
     suite, device = ("rehearsal", "cpu") if rehearse else ("gpu", "cuda")
     # Most of the time goes into compiling kernels, and a process compiles one at a time: of 16
-    # cores 8 for the suite, which has the most to compile, 5 for the tests, the rest for the rest.
+    # cores 8 for the suite, which has the most to compile, 6 for the tests, the rest for the rest.
     cores = os.cpu_count() or 1
     processes = max(1, min(8, cores // 2, len(GPU_SUITES[suite].cases)))
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(max(1, min(5, cores // 3)))]
+        pytest += ["-n", str(max(1, min(6, cores * 3 // 8)))]
     small = [sys.executable, str(ROOT / "benchmarks" / "small_calls.py")]
     small += ["--device", "cpu", "--rehearse"] if rehearse else ["--device", "cuda"]
     sanitizer = _sanitizer()
